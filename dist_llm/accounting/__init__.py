@@ -1,0 +1,1 @@
+"""Arithmetic on a config: parameters, FLOPs, memory and traffic. No torch."""

@@ -1,0 +1,78 @@
+"""Which parameters a rank holds: by pipeline stage, by ZeRO unit, with the shape of its tp share.
+
+A unit is what ZeRO gathers and scatters in one collective: the embedding, a block, or the head; embedding and head
+are one when they are tied in one stage.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dist_llm.accounting.params import ParamSpec, embedding_parameters, head_parameters, layer_parameters
+from dist_llm.accounting.stages import StagePlan, plan_stages
+from dist_llm.config.model import ModelConfig
+from dist_llm.config.parallel import ParallelConfig
+
+
+@dataclass(frozen=True)
+class HeldTensor:
+    """A parameter as one rank holds it before ZeRO: rows x row_numel elements."""
+
+    name: str
+    rows: int
+    row_numel: int
+    partial: bool
+
+    @property
+    def numel(self) -> int:
+        """Elements of the tp share, vocabulary padding included."""
+        return self.rows * self.row_numel
+
+    def shard_rows(self, shards: int, index: int) -> int:
+        """Return the rows of ZeRO chunk `index` of `shards` (torch.chunk: all but the last are ceil(rows / shards))."""
+        chunk = -(-self.rows // shards)
+        return max(0, min(self.rows, (index + 1) * chunk) - index * chunk)
+
+    def padded_shard_numel(self, shards: int) -> int:
+        """Return the elements that FSDP2 allocates for any chunk: ceil(rows / shards) rows."""
+        return -(-self.rows // shards) * self.row_numel
+
+
+Unit = tuple[HeldTensor, ...]
+
+
+def _partial(name: str, model: ModelConfig, sequence: bool) -> bool:
+    """Return whether the gradient of a replicated parameter is partial over tp."""
+    module, _, leaf = name.rpartition(".")
+    if module.endswith((".q_norm", ".k_norm")):
+        return True
+    replicated = module.endswith(("norm", "positions")) or (leaf == "bias" and module.endswith((".wo", ".down")))
+    return sequence and replicated
+
+
+def _unit(specs: list[ParamSpec], model: ModelConfig, parallel: ParallelConfig) -> Unit:
+    held = []
+    for spec in specs:
+        shape = spec.local_shape(parallel.tensor)
+        partial = parallel.tensor > 1 and _partial(spec.name, model, parallel.sequence)
+        held.append(HeldTensor(spec.name, shape[0], math.prod(shape[1:]), partial))
+    return tuple(held)
+
+
+def stage_units(model: ModelConfig, parallel: ParallelConfig, stage: StagePlan) -> list[Unit]:
+    """Return the ZeRO units of a stage in forward order; the shared unit of a tied pair, the root, comes last."""
+    layers = [_unit(list(layer_parameters(model, index)), model, parallel) for index in stage.layers]
+    embed = list(embedding_parameters(model)) if stage.first else []
+    head = list(head_parameters(model)) if stage.last else []
+    if model.tie_embeddings and stage.first and stage.last:
+        shared = [spec for spec in [*embed, *head] if spec.name != "head.projection.weight"]
+        return [*layers, _unit(shared, model, parallel)]
+    units = [_unit(embed, model, parallel), *layers, _unit(head, model, parallel)]
+    return [unit for unit in units if unit]
+
+
+def rank_stages(model: ModelConfig, parallel: ParallelConfig, pipeline_index: int) -> list[StagePlan]:
+    """Return the stages that pipeline rank `pipeline_index` holds, earliest first."""
+    stages = plan_stages(model.num_layers, parallel.pipeline, parallel.virtual_pipeline)
+    return stages[pipeline_index :: parallel.pipeline]

@@ -1,0 +1,159 @@
+"""Collectives that a rank of the native engine issues in one step, by axis and kind: counts and payload bytes.
+
+Payload of a collective is the larger of its two buffers: the tensor of an all-reduce, the output of an all-gather, the
+input of a reduce-scatter, the tensor of a send. An axis of size 1 issues nothing. h = microbatch x T x D x C bytes.
+
+    tp    a layer: 4 all-reduces of h, or under sequence parallelism 4 all-gathers and 4 reduce-scatters of h
+    zero  by stage and unit, see parallel/zero.py          pp    h (h / tp) forward and back between stages
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from dist_llm.accounting.held import rank_stages, stage_units
+from dist_llm.accounting.memory import FORMAT_BYTES, Place
+from dist_llm.accounting.params import padded_vocab
+from dist_llm.accounting.stages import StagePlan
+from dist_llm.config.inputs import DataConfig
+from dist_llm.config.model import ModelConfig
+from dist_llm.config.parallel import ParallelConfig
+from dist_llm.config.training import PrecisionConfig
+
+Key = tuple[str, str]
+"""(axis, kind): kinds are all_reduce, all_gather, reduce_scatter, send."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Number of collectives and their payload bytes, by axis and kind."""
+
+    counts: dict[Key, int]
+    payload_bytes: dict[Key, int]
+
+
+class _Ledger:
+    def __init__(self) -> None:
+        self.counts: Counter[Key] = Counter()
+        self.bytes: Counter[Key] = Counter()
+
+    def add(self, axis: str, kind: str, count: int, payload: int) -> None:
+        """Enter `count` collectives of `payload` bytes each."""
+        if count:
+            self.counts[axis, kind] += count
+            self.bytes[axis, kind] += count * payload
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the counts need of a run on one rank."""
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    precision: PrecisionConfig
+    data: DataConfig
+    place: Place
+    data_ranks: int
+
+    @property
+    def microbatches(self) -> int:
+        """Microbatches a step."""
+        return self.data.global_batch // (self.data_ranks * self.data.microbatch)
+
+    @property
+    def master_bytes(self) -> int:
+        """Bytes of an element of masters, optimizer state and reductions."""
+        return FORMAT_BYTES[self.precision.master]
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of the hidden states of one microbatch, whole sequence."""
+        width = self.model.hidden_size * FORMAT_BYTES[self.precision.compute]
+        return self.data.microbatch * self.data.seq_len * width
+
+
+def _add_tensor(ledger: _Ledger, shapes: Shapes, stage: StagePlan) -> None:
+    """Enter the tp collectives of a stage: Megatron's f and g around each region, and the vocabulary at both ends."""
+    parallel, count, hidden = shapes.parallel, shapes.microbatches, shapes.hidden_bytes
+    layers = len(stage.layers)
+    recomputed = layers if parallel.recompute == "full" else 0
+    # Recompute stops at the last saved tensor: a block's final sum comes again only if something after it keeps one.
+    model = shapes.model
+    sums_again = recomputed * (2 if model.dropout > 0 or model.norm_placement == "post" else 1)
+    ends = int(stage.first) + int(stage.last)
+    if parallel.sequence:
+        ledger.add("tp", "all_gather", count * (4 * layers + 2 * recomputed + ends), hidden)
+        ledger.add("tp", "reduce_scatter", count * (4 * layers + sums_again + ends), hidden)
+    else:
+        ledger.add("tp", "all_reduce", count * (4 * layers + sums_again + ends), hidden)
+    if stage.last:
+        wide = 8 if shapes.precision.compute == "fp64" else 4
+        tokens = shapes.data.microbatch * shapes.data.seq_len * wide
+        ledger.add("tp", "all_reduce", count, tokens)
+        ledger.add("tp", "all_reduce", count, 2 * tokens)
+
+
+def _add_zero(ledger: _Ledger, shapes: Shapes, stage: StagePlan) -> None:
+    """Enter FSDP2's collectives of a stage's units over the shard and replicate axes."""
+    zero, shards, count = shapes.parallel.zero, shapes.place.shards, shapes.microbatches
+    replicas = shapes.data_ranks * shapes.parallel.context // shards
+    gathers = 2 * count if zero == 3 else 1
+    reduces = count if zero >= 2 else 1
+    compute = FORMAT_BYTES[shapes.precision.compute]
+    for unit in stage_units(shapes.model, shapes.parallel, stage):
+        padded = sum(tensor.padded_shard_numel(shards) for tensor in unit)
+        if shards > 1:
+            ledger.add("shard", "all_gather", gathers, padded * shards * compute)
+            ledger.add("shard", "reduce_scatter", reduces, padded * shards * shapes.master_bytes)
+        if replicas > 1:
+            ledger.add("replicate", "all_reduce", reduces, padded * shapes.master_bytes)
+
+
+def _bucket_payloads(sizes: list[int], bucket_bytes: int) -> list[int]:
+    buckets: list[int] = []
+    for size in sizes:
+        if buckets and buckets[-1] + size <= bucket_bytes:
+            buckets[-1] += size
+        else:
+            buckets.append(size)
+    return buckets
+
+
+def _add_finish(ledger: _Ledger, shapes: Shapes, stages: list[StagePlan], fsdp: bool) -> None:
+    """Enter what completes the gradients after the last backward, and the totals over the world."""
+    parallel, place = shapes.parallel, shapes.place
+    tensors = [t for stage in stages for unit in stage_units(shapes.model, parallel, stage) for t in unit]
+    local = {id(t): t.shard_rows(place.shards, place.shard_index) * t.row_numel * shapes.master_bytes for t in tensors}
+    bucket = parallel.bucket_mib << 20
+    if not fsdp and shapes.data_ranks * parallel.context > 1:
+        for payload in _bucket_payloads([local[id(t)] for t in tensors], bucket):
+            ledger.add("zero", "all_reduce", 1, payload)
+    if parallel.tensor > 1:
+        for payload in _bucket_payloads([local[id(t)] for t in tensors if t.partial], bucket):
+            ledger.add("tp", "all_reduce", 1, payload)
+    if parallel.pipeline > 1 and shapes.model.tie_embeddings and (stages[0].first or stages[-1].last):
+        rows = padded_vocab(shapes.model.vocab_size, parallel.tensor) // parallel.tensor
+        chunk = -(-rows // place.shards)
+        mine = max(0, min(rows, (place.shard_index + 1) * chunk) - place.shard_index * chunk)
+        ledger.add("ends", "all_reduce", 1, mine * shapes.model.hidden_size * shapes.master_bytes)
+    ledger.add("world", "all_reduce", 1, 3 * 8)
+
+
+def step_traffic(shapes: Shapes) -> Traffic:
+    """Return the collectives of one training step of one rank."""
+    ledger = _Ledger()
+    parallel = shapes.parallel
+    fsdp = shapes.place.shards > 1 or shapes.precision.compute != shapes.precision.master
+    stages = rank_stages(shapes.model, parallel, shapes.place.pipeline_index)
+    crossing = shapes.hidden_bytes // (parallel.tensor if parallel.sequence else 1)
+    for stage in stages:
+        if parallel.tensor > 1:
+            _add_tensor(ledger, shapes, stage)
+        if fsdp:
+            _add_zero(ledger, shapes, stage)
+        if parallel.pipeline > 1:
+            sends = int(not stage.first) + int(not stage.last)
+            ledger.add("pp", "send", sends * shapes.microbatches, crossing)
+    _add_finish(ledger, shapes, stages, fsdp)
+    return Traffic(dict(ledger.counts), dict(ledger.bytes))

@@ -1,0 +1,197 @@
+"""Hydra, and nothing but Hydra: presets and overrides into one plain tree. The only file that imports it.
+
+    conf/config.yaml + group presets (Hydra's defaults lists) < experiment < group=choice < key=value, left to right
+
+Values are parsed by Hydra's grammar, but only plain ones are kept: no sweep, function, interpolation or deletion.
+`--config FILE` takes the place of the presets. Invariant: Hydra sees no string but names of presets that exist.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import dist_llm
+from dist_llm.config.document import read_document
+from dist_llm.config.keys import takes_text
+from dist_llm.config.wording import shown
+from dist_llm.errors import ConfigError, Violation
+
+EXPERIMENT = "experiment"
+MAX_OVERRIDE = 4096
+MOST_SHOWN = 6
+
+_KEY = re.compile(r"(?:\+\+?)?([A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*)", re.ASCII)
+
+
+@dataclass
+class Composed:
+    """The tree, what was wrong with the overrides, and the keys or sections that therefore hold no meant value."""
+
+    tree: dict[str, Any]
+    violations: list[Violation] = field(default_factory=list)
+    unusable: set[str] = field(default_factory=set)
+
+    def refuse(self, violation: Violation, key: str | None = None) -> None:
+        """Note a violation, and the key that it leaves without a value."""
+        self.violations.append(violation)
+        if key is not None:
+            self.unusable.add(key)
+
+
+def compose(overrides: Sequence[str], config_file: Path | None = None) -> dict[str, Any]:
+    """Return the tree that presets (or `config_file`) and overrides make. Raises ConfigError with all that is wrong."""
+    composed = compose_partly(overrides, config_file)
+    if composed.violations:
+        raise ConfigError(composed.violations)
+    return composed.tree
+
+
+def compose_partly(overrides: Sequence[str], config_file: Path | None = None) -> Composed:
+    """Return as much of the tree as the overrides make, with a violation for each that cannot be used."""
+    composed = Composed({})
+    presets = list_presets()
+    choices: dict[str, str] = {}
+    values: list[tuple[str, str, str]] = []
+    for text in overrides:
+        split = _split(text, composed)
+        if split is None:
+            continue
+        key, raw = split
+        if key in presets:
+            _choose(key, raw, presets[key], choices, composed)
+        else:
+            values.append((key, raw, text))
+    if config_file is None:
+        composed.tree = _compose_presets(choices)
+    else:
+        composed.tree = read_document(config_file)
+        _replace_sections(choices, config_file, composed)
+    parser = OverridesParser.create()
+    for key, raw, text in values:
+        _assign(key, raw, text, parser, composed)
+    return composed
+
+
+def preset_folder() -> Path:
+    """Return `conf/`: inside the package when installed from a wheel, beside it in a checkout."""
+    package = Path(dist_llm.__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise ConfigError(f"this installation has no presets: there is no conf/ in {package} or beside it")
+
+
+def list_presets() -> dict[str, tuple[str, ...]]:
+    """Return the names of the presets of every group."""
+    groups = sorted(entry for entry in preset_folder().iterdir() if entry.is_dir())
+    return {group.name: tuple(sorted(file.stem for file in group.glob("*.yaml"))) for group in groups}
+
+
+def _split(text: str, composed: Composed) -> tuple[str, str] | None:
+    """Return key and raw value of an override; note what is not one."""
+    key, equals, raw = text.partition("=")
+    match = _KEY.fullmatch(key)
+    if len(text) > MAX_OVERRIDE:
+        composed.refuse(Violation("argument", shown(text), f"is longer than {MAX_OVERRIDE} characters"))
+    elif key.startswith("~"):
+        composed.refuse(Violation("argument", shown(text), "deletes a setting, which no config lacks: set key=null"))
+    elif not equals or match is None:
+        words = "is not an override: write key=value, such as run.steps=100"
+        composed.refuse(Violation("argument", shown(text) or "''", words))
+    else:
+        return match[1], raw
+    return None
+
+
+def _choose(group: str, raw: str, presets: tuple[str, ...], choices: dict[str, str], composed: Composed) -> None:
+    """Note the preset that an override chooses for a group, or that there is no such preset."""
+    name = raw[1:-1] if len(raw) > 1 and raw[0] == raw[-1] and raw[0] in "'\"" else raw
+    if name in presets:
+        choices[group] = name
+    elif group == EXPERIMENT and name in ("null", ""):
+        choices.pop(EXPERIMENT, None)
+    else:
+        near = difflib.get_close_matches(name, presets, n=MOST_SHOWN, cutoff=0.4)
+        rest = [preset for preset in presets if preset not in near]
+        legal = tuple((near + rest)[:MOST_SHOWN])
+        words = f"is not one of the {len(presets)} presets of {group}"
+        composed.refuse(Violation(group, shown(raw) or "''", words, legal), None if group == EXPERIMENT else group)
+
+
+def _compose_presets(choices: dict[str, str]) -> dict[str, Any]:
+    """Return what Hydra composes of the presets."""
+    arguments = [f"{group}={name}" for group, name in choices.items()]
+    try:
+        with initialize_config_dir(config_dir=str(preset_folder()), version_base="1.3"):
+            config = hydra_compose("config", overrides=arguments)
+        tree = OmegaConf.to_container(config, resolve=False)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"the presets in {preset_folder()} do not compose: {error}") from error
+    assert isinstance(tree, dict)
+    return {str(key): value for key, value in tree.items()}
+
+
+def _replace_sections(choices: dict[str, str], config_file: Path, composed: Composed) -> None:
+    """Put chosen presets in place of the sections of a config file."""
+    experiment = choices.pop(EXPERIMENT, None)
+    if experiment is not None:
+        words = f"composes a whole run, as --config {config_file} does: give one of the two"
+        composed.refuse(Violation(EXPERIMENT, experiment, words))
+    if choices:
+        chosen = _compose_presets(choices)
+        composed.tree.update({group: chosen[group] for group in choices})
+
+
+def _assign(key: str, raw: str, text: str, parser: OverridesParser, composed: Composed) -> None:
+    """Set a key of the tree to the value of an override, or note why not."""
+    if "${" in raw:
+        words = "is refused: a config has no interpolation, write the value itself"
+        composed.refuse(Violation(key, shown(raw), words), key)
+        return
+    try:
+        value = _parse(key, raw, parser)
+    except (HydraException, ValueError, RecursionError):
+        words = "cannot be parsed: quote text with special characters, as in key='\"a, b\"'"
+        composed.refuse(Violation(key, shown(raw), words), key)
+        return
+    if isinstance(value, Override):
+        composed.refuse(Violation(key, shown(raw), "is a sweep: start one run a value (a list is [a,b])"), key)
+        return
+    node: Any = composed.tree
+    *sections, name = key.split(".")
+    for depth, section in enumerate(sections):
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            outer = ".".join(sections[: depth + 1])
+            composed.refuse(Violation(key, shown(raw), f"is inside {outer}, which is no section", (outer,)))
+            return
+    if isinstance(value, dict) and isinstance(node.get(name), dict):
+        node[name] = {**node[name], **value}
+    else:
+        node[name] = value
+
+
+def _parse(key: str, raw: str, parser: OverridesParser) -> Any:
+    """Return the value of an override; an `Override` when it is not one value but a sweep.
+
+    Free text is taken as it stands (a path may hold anything), unless it is quoted or null.
+    """
+    if takes_text(key) and raw != "null" and raw[:1] not in ("'", '"'):
+        return raw
+    override = parser.parse_override(f"{key}={raw}")
+    if override.is_sweep_override():
+        return override
+    return override.value()

@@ -1,0 +1,100 @@
+"""From an answer or an exception to what is printed and the exit code that job scripts act on.
+
+A user's mistake never ends in a traceback (--debug shows it); our own bug always does, since it is what we need to see.
+Under --json stdout is one JSON object whatever happens: the answer, or {"ok": false, "error": ..., "violations": ...}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import traceback
+from collections.abc import Callable
+
+from dist_llm.cli.parse import Answer
+from dist_llm.errors import ConfigError, DistLLMError, ExitCode
+
+INTERRUPTED = 130
+"""Exit code of a process ended by Ctrl-C, as shells count it (128 + SIGINT)."""
+
+
+def execute(run: Callable[[argparse.Namespace], Answer], arguments: argparse.Namespace) -> int:
+    """Run a command, print its answer or its error, and return the exit code."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr) if arguments.as_json else contextlib.nullcontext():
+            answer = run(arguments)
+    except KeyboardInterrupt:
+        _say(f"{arguments.speaker}: interrupted")
+        return INTERRUPTED
+    except Exception as error:
+        return report_error(error, arguments.speaker, arguments.debug, arguments.as_json)
+    if arguments.as_json:
+        _print(json.dumps(dict(answer.data or {"ok": answer.code == ExitCode.DONE}), indent=2, allow_nan=False))
+    elif answer.text:
+        _print(answer.text)
+    return int(answer.code)
+
+
+def report_error(error: Exception, speaker: str, debug: bool, as_json: bool) -> int:
+    """Print an error as a person or a program needs it and return its exit code."""
+    code = exit_code(error)
+    message = _message(error, code)
+    if debug or code == ExitCode.BUG:
+        _say("".join(traceback.format_exception(error)).rstrip())
+    _say(f"{speaker}: {message}")
+    if as_json:
+        facts: dict[str, object] = {"ok": False, "exit_code": int(code), "error": message}
+        if isinstance(error, ConfigError):
+            facts["violations"] = [
+                {"key": v.key, "value": v.value, "rule": v.rule, "legal": list(v.legal)} for v in error.violations
+            ]
+        _print(json.dumps(facts, indent=2, default=str))
+    return int(code)
+
+
+def exit_code(error: Exception) -> ExitCode:
+    """Return the exit code of an error: its own, 69 for a lost peer, 74 for the operating system's, else 70."""
+    if isinstance(error, DistLLMError):
+        return error.exit_code
+    if "torch" in sys.modules:
+        # Without torch there are no peers, and asking would load it.
+        from dist_llm.runtime.process import is_peer_loss
+
+        if is_peer_loss(error):
+            return ExitCode.PEER_LOST
+    return ExitCode.IO if isinstance(error, OSError) else ExitCode.BUG
+
+
+def _message(error: Exception, code: ExitCode) -> str:
+    """Return what went wrong in words, with the notes that were added on the way."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, OSError) and not isinstance(error, DistLLMError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    if code == ExitCode.BUG:
+        text = f"this is a bug in dist_llm, please report it: {type(error).__name__}: {text}"
+    if code == ExitCode.PEER_LOST and not isinstance(error, DistLLMError):
+        text = f"another rank went away, the job may be retried: {text}"
+    return "\n".join([text, *getattr(error, "__notes__", [])])
+
+
+def _say(text: str) -> None:
+    """Print on stderr, whatever characters it can show."""
+    with contextlib.suppress(OSError):
+        print(_encodable(text, sys.stderr.encoding), file=sys.stderr, flush=True)
+
+
+def _print(text: str) -> None:
+    """Print on stdout; a reader that went away (`| head`) is no error."""
+    try:
+        print(_encodable(text, sys.stdout.encoding), flush=True)
+    except BrokenPipeError:
+        # Python flushes stdout again at exit; there is nobody left to tell.
+        sys.stdout = None
+
+
+def _encodable(text: str, encoding: str | None) -> str:
+    """Return text with what the stream cannot encode written as escapes."""
+    name = encoding or "utf-8"
+    return text.encode(name, "backslashreplace").decode(name)

@@ -1,0 +1,59 @@
+"""`dist-llm launch`: check the config once, without torch, then start ranks of `dist-llm train` with the same words."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from dist_llm.cli.parse import Answer, Command, add_config, add_json, compose_arguments, load_config, require_with_json
+from dist_llm.errors import LayoutError
+
+if TYPE_CHECKING:
+    from dist_llm.config.run import RunConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Take a config, and --dry-run."""
+    add_config(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print the command and the map of ranks, start nothing")
+    add_json(parser, "--dry-run")
+
+
+def main(arguments: argparse.Namespace) -> Answer:
+    """Start the configured ranks and return the exit code of the rank at fault."""
+    from dist_llm.launcher.base import plan_launch, worker_argv
+
+    require_with_json(arguments, "--dry-run", arguments.dry_run)
+    config = _checked(arguments)
+    plan = plan_launch(worker_argv(_worker_words(arguments)), config.launcher, config.parallel)
+    if arguments.dry_run:
+        return Answer(str(plan), plan.as_json())
+    from dist_llm.launcher.local import launch_local
+
+    return Answer(code=launch_local(plan.argv, config.launcher.nproc, debug=arguments.debug))
+
+
+def _checked(arguments: argparse.Namespace) -> RunConfig:
+    """Return the config if it can run on the ranks that it asks the launcher for."""
+    from dist_llm.config.decode import decode_partly
+
+    composed = compose_arguments(arguments)
+    decoded = decode_partly(composed.tree)
+    unknown = any(key.partition(".")[0] == "launcher" for key in (*decoded.unusable, *composed.unusable))
+    world_size = None if unknown else decoded.config.launcher.nproc * decoded.config.launcher.nodes
+    try:
+        return load_config(composed, world_size)
+    except LayoutError as error:
+        nproc = decoded.config.launcher.nproc
+        error.add_note(f"launcher.nproc={nproc} starts that many: change it, or the layout")
+        raise
+
+
+def _worker_words(arguments: argparse.Namespace) -> list[str]:
+    """Return the words after `dist-llm train` that make the same config."""
+    debug = ["--debug"] if arguments.debug else []
+    file = ["--config", str(arguments.config_file)] if arguments.config_file is not None else []
+    return [*debug, *file, *arguments.overrides]
+
+
+LAUNCH = Command("start the ranks of a run on this machine and train", add_arguments, main)

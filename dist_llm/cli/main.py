@@ -1,0 +1,84 @@
+"""`dist-llm`: find the command, parse its arguments, run it, exit. `--help` loads nothing that takes time."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Mapping, Sequence
+
+from dist_llm import __version__
+from dist_llm.cli import checkpoint, config, data, generate, launch, train, verify
+from dist_llm.cli.exit import execute, report_error
+from dist_llm.cli.parse import Command, parse_arguments
+from dist_llm.errors import ConfigError, DistLLMError, ExitCode
+
+Group = Mapping[str, Command]
+
+COMMANDS: Mapping[str, Command | Group] = {
+    "train": train.TRAIN,
+    "launch": launch.LAUNCH,
+    "verify": verify.COMMANDS,
+    "data": data.COMMANDS,
+    "checkpoint": checkpoint.COMMANDS,
+    "generate": generate.GENERATE,
+    "config": config.COMMANDS,
+}
+
+_HEAD = "dist-llm: from a compute budget to a trained, checked, exported language model on a GPU cluster"
+_FOOT = """\
+dist-llm COMMAND --help describes a command. Any setting can be overridden: key=value, as in
+  dist-llm launch experiment=quickstart
+  dist-llm train model=llama-tiny run.steps=500 optimizer.lr=1e-3
+exit codes: 0 done, 65 data or checkpoint damaged, 69 a peer was lost (retry), 70 our bug, 74 I/O,
+  75 preempted (requeue), 76 numerics, 78 config"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (None: this process's) and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        found = _find(words)
+        if found is None:
+            return ExitCode.DONE
+        command, prog, rest = found
+        arguments = parse_arguments(command, prog, rest)
+    except DistLLMError as error:
+        return report_error(error, "dist-llm", debug=False, as_json="--json" in words)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return execute(command.run, arguments)
+
+
+def _find(words: list[str]) -> tuple[Command, str, list[str]] | None:
+    """Return the command that `words` name, its name, and the words after it; None when only help was asked for."""
+    node: Command | Mapping[str, Command | Group] | Group = COMMANDS
+    for index, word in enumerate(words):
+        prog = " ".join(["dist-llm", *words[:index]])
+        if isinstance(node, Command):
+            return node, prog, words[index:]
+        if word in ("-h", "--help"):
+            print(_help(prog, node))
+            return None
+        if word == "--version" and index == 0:
+            print(f"dist-llm {__version__}")
+            return None
+        if word not in node:
+            near = difflib.get_close_matches(word, node, n=1)
+            hint = f": did you mean {near[0]}?" if near else f"; use one of {', '.join(node)}"
+            raise ConfigError(f"{word!r} is not a command of {prog}{hint}")
+        node = node[word]
+    if isinstance(node, Command):
+        return node, " ".join(["dist-llm", *words]), []
+    prog = " ".join(["dist-llm", *words])
+    raise ConfigError(f"a command is missing\n{_help(prog, node)}")
+
+
+def _help(prog: str, node: Mapping[str, Command | Group] | Group) -> str:
+    """Return what can follow `prog`, one command a line."""
+    lines = [_HEAD, "", f"usage: {prog} COMMAND ...", "", "commands:"]
+    for name, entry in node.items():
+        if isinstance(entry, Command):
+            lines.append(f"  {name:<22}{entry.summary}")
+        else:
+            lines.extend(f"  {f'{name} {leaf}':<22}{command.summary}" for leaf, command in entry.items())
+    return "\n".join([*lines, "", _FOOT])

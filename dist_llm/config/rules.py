@@ -1,0 +1,256 @@
+"""Which layouts are legal, for the native engine: one table that the checks, the solver and the docs share.
+
+    ranks = data x pipeline x context x tensor        microbatches of a rank = global_batch / (data x microbatch)
+
+Sources: Megatron-LM (Shoeybi et al. 2019, Narayanan et al. 2021) and the schedules of torch.distributed.pipelining.
+Invariant: a layout that breaks none of these is built and stepped by the engine; each rule is one named function.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from dist_llm.config.rule import RANKS, Broken, Rule, reads
+from dist_llm.config.run import RunConfig
+
+LATER = "is not part of this version"
+
+_DATA_KEYS = (RANKS, "parallel.data", "parallel.tensor", "parallel.pipeline", "parallel.context")
+_BATCH_KEYS = (*_DATA_KEYS, "data.global_batch", "data.microbatch")
+
+
+def data_ranks(config: RunConfig, world_size: int | None) -> int | None:
+    """Return the size of the data axis: as set, else from the number of ranks; None if unknown or not whole."""
+    if config.parallel.data is not None:
+        return config.parallel.data
+    if world_size is None or world_size % config.parallel.model_ranks:
+        return None
+    return world_size // config.parallel.model_ranks
+
+
+def num_microbatches(config: RunConfig, world_size: int | None) -> int | None:
+    """Return the microbatches that each data rank accumulates in a step; None if unknown or not whole."""
+    data = data_ranks(config, world_size)
+    if data is None or config.data.global_batch % (data * config.data.microbatch):
+        return None
+    return config.data.global_batch // (data * config.data.microbatch)
+
+
+def divisors(number: int) -> tuple[int, ...]:
+    """Return the divisors of a positive number in ascending order."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return tuple(small + [number // d for d in reversed(small) if d * d != number])
+
+
+def multiples(unit: int, near: int, count: int = 8) -> tuple[int, ...]:
+    """Return multiples of `unit` around `near`, positive ones only."""
+    middle = near // unit
+    return tuple(unit * k for k in range(max(1, middle - count), middle + count + 1))
+
+
+@reads("parallel.tensor", "model.num_heads", "model.num_kv_heads", "model.ffn_hidden_size")
+def tensor_divides_model(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """`parallel.tensor` divides `model.num_heads`, `model.num_kv_heads` and `model.ffn_hidden_size`.
+
+    Each tensor rank holds whole heads, whole key-value heads and an equal slice of the feed-forward layer. The
+    vocabulary need not divide: it is padded, and the padding is never predicted.
+    """
+    tensor, model = config.parallel.tensor, config.model
+    sizes = {"model.num_heads": model.num_heads, "model.ffn_hidden_size": model.ffn_hidden_size}
+    if model.num_kv_heads is not None:
+        sizes["model.num_kv_heads"] = model.num_kv_heads
+    broken = [f"{key}={size}" for key, size in sorted(sizes.items(), key=_heads_first) if size % tensor]
+    if broken:
+        listed = broken[0] if len(broken) == 1 else ", ".join(broken[:-1]) + " and " + broken[-1]
+        yield Broken("parallel.tensor", f"must divide {listed}", divisors(math.gcd(*sizes.values())))
+
+
+def _heads_first(item: tuple[str, int]) -> int:
+    """Order the sizes that tensor parallelism splits as a person names them."""
+    return ("model.num_heads", "model.num_kv_heads", "model.ffn_hidden_size").index(item[0])
+
+
+@reads("parallel.tensor", "parallel.sequence", "data.seq_len", "model.max_seq_len")
+def sequence_splits_evenly(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """With `parallel.sequence`, `data.seq_len` is a multiple of `parallel.tensor`.
+
+    Between the tensor-parallel regions each tensor rank keeps an equal slice of the sequence.
+    """
+    tensor, seq_len = config.parallel.tensor, config.data.seq_len
+    if config.parallel.sequence and seq_len % tensor:
+        near = tuple(size for size in multiples(tensor, seq_len) if size <= config.model.max_seq_len)
+        words = f"must be a multiple of parallel.tensor={tensor} under parallel.sequence=true"
+        yield Broken("data.seq_len", words, near)
+
+
+@reads("parallel.pipeline", "parallel.virtual_pipeline", "model.num_layers")
+def stages_hold_layers(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """`parallel.pipeline` x `parallel.virtual_pipeline` is at most `model.num_layers`.
+
+    Every pipeline stage holds at least one layer; the counts may differ by one between stages.
+    """
+    parallel, layers = config.parallel, config.model.num_layers
+    if parallel.num_stages <= layers:
+        return
+    if parallel.virtual_pipeline > 1 and parallel.pipeline <= layers:
+        words = f"x parallel.pipeline={parallel.pipeline} stages must not exceed model.num_layers={layers}"
+        yield Broken("parallel.virtual_pipeline", words, divisors(layers // parallel.pipeline))
+    else:
+        chunks = (
+            f"x parallel.virtual_pipeline={parallel.virtual_pipeline} stages " if parallel.virtual_pipeline > 1 else ""
+        )
+        near = tuple(range(1, min(layers, 64) + 1)) + divisors(layers)
+        yield Broken("parallel.pipeline", f"{chunks}must not exceed model.num_layers={layers}", near)
+
+
+@reads("parallel.pipeline", "parallel.virtual_pipeline")
+def chunks_need_pipeline(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """`parallel.virtual_pipeline` is 1 when `parallel.pipeline` is 1: chunks interleave the stages of several ranks."""
+    if config.parallel.pipeline == 1 and config.parallel.virtual_pipeline > 1:
+        yield Broken("parallel.virtual_pipeline", "must be 1 when parallel.pipeline=1", (1,))
+
+
+@reads("parallel.pipeline", "parallel.schedule")
+def schedule_is_built(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """`parallel.schedule` is `gpipe`, `1f1b` or `interleaved`; `zero_bubble`, `zbv` and `dualpipev` come later.
+
+    Ignored when `parallel.pipeline` is 1.
+    """
+    if config.parallel.pipeline > 1 and config.parallel.schedule in ("zero_bubble", "zbv", "dualpipev"):
+        yield Broken("parallel.schedule", LATER, ("gpipe", "1f1b", "interleaved"))
+
+
+@reads("parallel.pipeline", "parallel.schedule", "parallel.virtual_pipeline")
+def chunks_match_schedule(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """`gpipe` and `1f1b` run one chunk a rank, `interleaved` two or more (`parallel.virtual_pipeline`)."""
+    parallel = config.parallel
+    if parallel.pipeline == 1:
+        return
+    if parallel.schedule in ("gpipe", "1f1b") and parallel.virtual_pipeline > 1:
+        yield Broken("parallel.virtual_pipeline", f"must be 1 under parallel.schedule={parallel.schedule}", (1,))
+    if parallel.schedule == "interleaved" and parallel.virtual_pipeline == 1:
+        words = "must be at least 2 under parallel.schedule=interleaved"
+        yield Broken("parallel.virtual_pipeline", words, (2, 3, 4))
+
+
+@reads(*_BATCH_KEYS, "parallel.schedule")
+def microbatches_fill_pipeline(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """Under `1f1b` every data rank has at least `parallel.pipeline` microbatches a step (torch's Schedule1F1B)."""
+    pipeline = config.parallel.pipeline
+    if pipeline == 1 or config.parallel.schedule != "1f1b":
+        return
+    data = data_ranks(config, world_size) or 1
+    share = data * config.data.microbatch
+    count, rest = divmod(config.data.global_batch, share)
+    if not rest and count < pipeline:
+        words = f"gives a rank {count} of the {pipeline} microbatches that fill parallel.pipeline={pipeline} under 1f1b"
+        yield Broken("data.global_batch", words, multiples(share, pipeline * share))
+
+
+@reads(*_BATCH_KEYS, "parallel.schedule")
+def microbatches_fill_rounds(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """Under `interleaved` the microbatches of a rank are a multiple of the rounds, max(1, microbatches // pipeline).
+
+    The condition of torch's ScheduleInterleaved1F1B; any multiple of `parallel.pipeline` meets it.
+    """
+    pipeline, count = config.parallel.pipeline, num_microbatches(config, world_size)
+    if pipeline == 1 or config.parallel.schedule != "interleaved" or count is None:
+        return
+    rounds = max(1, count // pipeline)
+    if count % rounds:
+        share = config.data.global_batch // count
+        words = f"gives {count} microbatches a rank, not a multiple of {rounds} rounds of parallel.pipeline={pipeline}"
+        yield Broken("data.global_batch", words, multiples(share, config.data.global_batch, 2 * pipeline))
+
+
+@reads("parallel.context")
+def context_is_built(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """`parallel.context` is 1: context parallelism comes later."""
+    if config.parallel.context > 1:
+        yield Broken("parallel.context", LATER, (1,))
+
+
+@reads("parallel.expert")
+def expert_is_built(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """`parallel.expert` is 1: expert parallelism comes later."""
+    if config.parallel.expert > 1:
+        yield Broken("parallel.expert", LATER, (1,))
+
+
+@reads("parallel.recompute")
+def recompute_is_built(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """`parallel.recompute` is `none` or `full`: selective recompute comes later."""
+    if config.parallel.recompute == "selective":
+        yield Broken("parallel.recompute", LATER, ("none", "full"))
+
+
+@reads("parallel.replicate", "parallel.zero")
+def replicas_need_shards(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """`parallel.replicate` above 1 needs `parallel.zero` of 1 or more: it replicates what ZeRO shards (HSDP)."""
+    if config.parallel.replicate > 1 and config.parallel.zero == 0:
+        yield Broken("parallel.replicate", "must be 1 with parallel.zero=0, which replicates everything", (1,))
+
+
+@reads(*_DATA_KEYS, "parallel.replicate")
+def replicas_divide_data(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """`parallel.replicate` divides the data axis: `parallel.data`, or what the number of ranks makes of it."""
+    data = data_ranks(config, world_size)
+    if data is not None and data % config.parallel.replicate:
+        yield Broken("parallel.replicate", f"must divide the data axis of {data} ranks", divisors(data))
+
+
+@reads(*_DATA_KEYS)
+def ranks_fit_layout(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """The ranks that are started are data x pipeline x context x tensor of them.
+
+    With `parallel.data` unset any multiple of pipeline x context x tensor will do; the data axis takes the quotient.
+    """
+    parallel = config.parallel
+    if world_size is None:
+        return
+    sizes = {key: getattr(parallel, key) for key in ("data", "pipeline", "context", "tensor")}
+    factors = [f"parallel.{key}={size}" for key, size in sizes.items() if size is not None and size > 1]
+    product = " x ".join(factors or ["parallel.data=1"])
+    if parallel.data is not None:
+        needed = parallel.data * parallel.model_ranks
+        if world_size != needed:
+            yield Broken(RANKS, "must be " + (f"{needed} = " if len(factors) > 1 else "") + product, (needed,))
+    elif world_size % parallel.model_ranks:
+        unit = f"{parallel.model_ranks} = {product}" if len(factors) > 1 else product
+        yield Broken(RANKS, f"must be a multiple of {unit}", multiples(parallel.model_ranks, world_size))
+
+
+@reads(*_BATCH_KEYS)
+def batch_splits_evenly(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """`data.global_batch` is a multiple of the data ranks x `data.microbatch`.
+
+    While the number of ranks is unknown it is a multiple of `data.microbatch` at least.
+    """
+    batch, microbatch = config.data.global_batch, config.data.microbatch
+    data = data_ranks(config, world_size)
+    share = microbatch * (data or 1)
+    if batch % share:
+        ranks = f" x {data} data ranks = {share}" if data is not None and data > 1 else ""
+        words = f"must be a multiple of data.microbatch={microbatch}{ranks}"
+        yield Broken("data.global_batch", words, multiples(share, batch))
+
+
+LAYOUT_RULES: tuple[Rule, ...] = (
+    tensor_divides_model,
+    sequence_splits_evenly,
+    stages_hold_layers,
+    chunks_need_pipeline,
+    schedule_is_built,
+    chunks_match_schedule,
+    batch_splits_evenly,
+    microbatches_fill_pipeline,
+    microbatches_fill_rounds,
+    context_is_built,
+    expert_is_built,
+    recompute_is_built,
+    replicas_need_shards,
+    replicas_divide_data,
+    ranks_fit_layout,
+)
+"""The table, in the order in which a person meets the settings."""

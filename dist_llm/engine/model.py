@@ -1,0 +1,51 @@
+"""Joins the transformer to the layer that splits it: the two are strangers to each other."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import nn
+
+from dist_llm.accounting.stages import StagePlan
+from dist_llm.config.model import ModelConfig
+from dist_llm.models.plan import SHARD_PLAN, TIED_PAIR, plan_init
+from dist_llm.models.transformer import Transformer, build_model
+from dist_llm.parallel.apply import SplittableModel
+from dist_llm.parallel.materialise import fill_normal
+from dist_llm.parallel.shards import LocalShard
+
+
+def _units(module: nn.Module) -> list[nn.Module]:
+    """Return the ZeRO units of a stage in forward order; a tied embedding and head are left to the root together."""
+    model = cast(Transformer, module)
+    together = model.config.tie_embeddings and model.embed is not None and model.head is not None
+    ends = [] if together else [model.embed, model.head]
+    blocks = list(model.layers.values())
+    first, last = ends or [None, None]
+    return [unit for unit in (first, *blocks, last) if unit is not None]
+
+
+def splittable(config: ModelConfig, seed: int) -> SplittableModel:
+    """Return what splitting needs to know of the transformer."""
+
+    def build(stage: StagePlan) -> nn.Module:
+        model = build_model(config, seed)
+        model.keep_stage(stage.layers, stage.first, stage.last)
+        return model
+
+    def initialise(shard: LocalShard) -> None:
+        init = plan_init(config, shard.name)
+        if init.kind == "normal":
+            fill_normal(shard, seed, init.std)
+        else:
+            shard.tensor.fill_(1.0 if init.kind == "ones" else 0.0)
+
+    return SplittableModel(
+        build=build,
+        blocks=lambda module: list(cast(Transformer, module).layers.values()),
+        units=_units,
+        tie=lambda module: cast(Transformer, module).tie_weights(),
+        plan=SHARD_PLAN,
+        tied=TIED_PAIR if config.tie_embeddings else None,
+        initialise=initialise,
+    )

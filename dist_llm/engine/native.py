@@ -1,0 +1,174 @@
+"""The native engine: our model, Megatron's split, FSDP2's ZeRO, torch's pipeline schedules. It documents the others.
+
+A step: zero grad -> forward_backward -> finish gradients -> totals (one all-reduce) -> clip -> AdamW -> schedule.
+Gradients are of (sum of token losses) / (nominal tokens); the true mean over counted tokens, the loss scale and the
+clip coefficient are one divisor inside the optimizer, so no pass over the gradients is spent on them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_llm.accounting.stages import plan_stages
+from dist_llm.config.run import RunConfig
+from dist_llm.engine.loss_scale import LossScale
+from dist_llm.engine.model import splittable
+from dist_llm.optim.adamw import AdamW
+from dist_llm.optim.schedule import learning_rate
+from dist_llm.parallel.apply import Formats, SplitStage, apply_layout
+from dist_llm.parallel.cross_entropy import cross_entropy_sum
+from dist_llm.parallel.grad_norm import primary_square_sum
+from dist_llm.parallel.pipeline import Accumulation, Microbatching, Runner, Scheduled, StageTensors
+from dist_llm.parallel.shards import LocalShard
+from dist_llm.parallel.zero import needs_fsdp, reduce_in_buckets
+from dist_llm.runtime.mesh import Mesh
+from dist_llm.types import IGNORE_INDEX, Batch, DataSlice, LossSum, StepResult, TensorShard, TrainState
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+"""torch's name for each configured format."""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a step summed over all ranks: true mean loss, counted tokens, true gradient norm."""
+
+    loss: float
+    tokens: int
+    grad_norm: float
+    divisor: float
+
+
+class NativeEngine:
+    """One optimizer step on one global batch over (pp, dp, cp, tp) with ZeRO.
+
+    `observe` is called with the phase of a step: last_forward, before_update, after_update (memory is counted there).
+    """
+
+    def __init__(self, config: RunConfig, mesh: Mesh) -> None:
+        self._config, self._mesh = config, mesh
+        self.observe: Callable[[str], None] = lambda phase: None
+        self._formats = Formats(DTYPES[config.precision.compute], DTYPES[config.precision.master])
+        self._scale = LossScale.build(config.precision)
+        self._nominal = config.data.global_batch * config.data.seq_len
+        self.data_slice = DataSlice(mesh.dp.index, mesh.dp.size)
+        model = splittable(config.model, config.run.seed)
+        stages = plan_stages(config.model.num_layers, mesh.pp.size, config.parallel.virtual_pipeline)
+        self.stages = apply_layout(model, stages, config.parallel, self._formats, mesh)
+        self.shards: list[LocalShard] = [shard for stage in self.stages for shard in stage.shards]
+        self._tied = [shard for shard in self.shards if model.tied and shard.name == model.tied[0]]
+        decays = [len(shard.shape) >= 2 for shard in self.shards]
+        self.optimizer = AdamW([shard.tensor for shard in self.shards], decays, config.optimizer)
+        self._runner = self._build_runner(self.stages)
+        self._step = 0
+
+    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        total = cross_entropy_sum(logits, targets, self._config.model.vocab_size, self._mesh.tp)
+        return total * (self._scale.value / self._nominal)
+
+    def _build_runner(self, stages: list[SplitStage]) -> Runner:
+        data, parallel = self._config.data, self._config.parallel
+        local = data.global_batch // self._mesh.dp.size
+        cut = Microbatching(data.microbatch, local // data.microbatch, lambda: self.observe("last_forward"))
+        if self._mesh.pp.size == 1:
+            return Accumulation(stages[0].part.model, self._loss, cut, parallel.zero)
+        length = data.seq_len // self._mesh.tp.size if parallel.sequence else data.seq_len
+        shape = (cut.size, length, self._config.model.hidden_size)
+        crossing = StageTensors(shape, self._formats.compute, (cut.size, data.seq_len))
+        parts = [stage.part for stage in stages]
+        return Scheduled(parts, crossing, self._loss, cut, parallel.zero, parallel.schedule, self._mesh.pp)
+
+    def train_step(self, batch: Batch) -> StepResult:
+        """Update the weights by one global batch; `batch` is this rank's share of it.
+
+        Issues what the layout needs (tp, pp and zero axes), then one all-reduce of three numbers over the world.
+        A step whose gradient is not finite changes nothing, on every rank alike.
+        """
+        for shard in self.shards:
+            shard.parameter.grad = None
+        loss = self._runner.forward_backward(batch)
+        self._finish_gradients()
+        self.observe("before_update")
+        totals = self._totals(loss, batch, primary_square_sum(self.shards, self._mesh.device))
+        lr = learning_rate(self._step, self._config.optimizer.lr, self._config.schedule, self._config.run.steps)
+        finite = math.isfinite(totals.grad_norm) and math.isfinite(totals.loss)
+        if finite:
+            divisor = torch.tensor(totals.divisor, dtype=torch.float64)
+            self.optimizer.step([shard.gradient() for shard in self.shards], lr, divisor)
+        self.observe("after_update")
+        self._scale.update(finite, dynamic=self._formats.compute == torch.float16)
+        self._step += 1
+        return StepResult(totals.loss, totals.grad_norm, lr, totals.tokens, skipped=not finite)
+
+    def eval_step(self, batch: Batch) -> LossSum:
+        """Return the loss sum of one global batch. Issues the forward's collectives and one over the world."""
+        for stage in self.stages:
+            stage.part.model.eval()
+        loss = self._runner.forward(batch)
+        for stage in self.stages:
+            stage.part.model.train()
+        totals = self._totals(loss, batch, torch.zeros((), dtype=torch.float64, device=self._mesh.device))
+        return LossSum(totals.loss * totals.tokens, totals.tokens)
+
+    def _finish_gradients(self) -> None:
+        """Complete what no backward did: replicas (zero), partial sums (tp), the two tied copies (ends).
+
+        Issues one all-reduce a bucket over zero (without FSDP), over tp (partial gradients), over ends.
+        """
+        mesh, bucket = self._mesh, self._config.parallel.bucket_mib << 20
+        if not needs_fsdp(mesh, self._formats.compute, self._formats.master):
+            reduce_in_buckets(self._gradients(self.shards), mesh.zero, bucket)
+        if mesh.tp.size > 1:
+            reduce_in_buckets(self._gradients(s for s in self.shards if s.partial), mesh.tp, bucket)
+        if mesh.ends is not None:
+            reduce_in_buckets(self._gradients(self._tied), mesh.ends, bucket)
+
+    @staticmethod
+    def _gradients(shards: object) -> list[Tensor]:
+        grads = [shard.gradient() for shard in shards]  # type: ignore[attr-defined]
+        return [grad for grad in grads if grad is not None]
+
+    def _totals(self, loss: Tensor, batch: Batch, square_sum: Tensor) -> Totals:
+        """Sum loss, counted tokens and squared norm over the world. One all-reduce of three float64."""
+        counts = self._mesh.tp.index == 0 and self._mesh.pp.index == self._mesh.pp.size - 1
+        tokens = (batch.targets != IGNORE_INDEX).sum() if counts else torch.zeros((), device=self._mesh.device)
+        local = torch.stack([(loss if counts else loss * 0).double(), tokens.double(), square_sum])
+        dist.all_reduce(local, group=self._mesh.world.group)
+        loss_sum, counted, squares = local.tolist()
+        unit = counted * self._scale.value / self._nominal if counted else 1.0
+        norm = math.sqrt(squares) / unit if math.isfinite(squares) else squares
+        clip = self._config.optimizer.clip_norm
+        coefficient = min(1.0, clip / (norm + 1e-6)) if clip > 0 and math.isfinite(norm) else 1.0
+        return Totals(loss_sum / unit, int(counted), norm, unit / coefficient)
+
+    def state(self) -> TrainState:
+        """Return model and optimizer rectangles by logical name, and the facts that are not tensors."""
+        tensors: list[TensorShard] = []
+        for shard, slot in zip(self.shards, self.optimizer.slots, strict=True):
+            parts = {"model": shard.tensor, "optimizer.exp_avg": slot.exp_avg, "optimizer.exp_avg_sq": slot.exp_avg_sq}
+            for kind, tensor in parts.items():
+                view = shard.inside(tensor)
+                tensors.append(TensorShard(f"{kind}.{shard.name}", shard.shape, shard.offsets, view, shard.primary))
+        facts: dict[str, object] = {
+            "step": self._step,
+            "optimizer_updates": self.optimizer.num_updates,
+            "loss_scale": self._scale.value,
+            "loss_scale_good_steps": self._scale.good_steps,
+        }
+        return TrainState(tuple(tensors), facts)
+
+    def restore(self, facts: dict[str, object]) -> None:
+        """Take over step, update count and loss scale of a checkpoint."""
+        self._step = int(facts["step"])  # type: ignore[call-overload]
+        self.optimizer.num_updates = int(facts["optimizer_updates"])  # type: ignore[call-overload]
+        self._scale.value = float(facts["loss_scale"])  # type: ignore[arg-type]
+        self._scale.good_steps = int(facts["loss_scale_good_steps"])  # type: ignore[call-overload]
+
+    def close(self) -> None:
+        """Drop the model so that its memory can be used again."""
+        self.stages, self.shards = [], []

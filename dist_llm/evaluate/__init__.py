@@ -1,0 +1,1 @@
+"""What a trained model can do: text, and measures of it."""

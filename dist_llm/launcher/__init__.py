@@ -1,0 +1,1 @@
+"""From a config to started ranks: the words of a worker's command, which rank sits where, and how they all ended."""

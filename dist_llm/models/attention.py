@@ -1,0 +1,63 @@
+"""Causal self-attention with grouped key/value heads, optional QK-norm, rotary positions and document masks.
+
+    softmax(q k^T / sqrt(d)) v over earlier tokens of the same document
+
+The number of heads is read off the width of q, so the same code runs on a share of the heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dist_llm.config.model import ModelConfig
+from dist_llm.models.norm import RMSNorm
+from dist_llm.models.rope import RopeTable
+from dist_llm.ops.rope import rotate
+
+
+def document_mask(documents: Tensor) -> Tensor:
+    """Return bool [B, 1, T, T]: the key is not later than the query and in its document (documents [B, T])."""
+    same = documents[:, None, :, None] == documents[:, None, None, :]
+    length = documents.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
+    return same & causal
+
+
+class Attention(nn.Module):
+    """Projections wq, wk, wv (split by heads) and wo around scaled dot-product attention."""
+
+    def __init__(self, config: ModelConfig, rope: RopeTable | None) -> None:
+        super().__init__()
+        width, head = config.hidden_size, config.head_width
+        self.wq = nn.Linear(width, config.num_heads * head, bias=config.bias)
+        self.wk = nn.Linear(width, config.kv_heads * head, bias=config.bias)
+        self.wv = nn.Linear(width, config.kv_heads * head, bias=config.bias)
+        self.wo = nn.Linear(config.num_heads * head, width, bias=config.bias)
+        self.q_norm = RMSNorm(head, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(head, config.norm_eps) if config.qk_norm else None
+        self.rope = rope
+        self.head_width = head
+        self.drop = config.attention_dropout
+        self.grouped = config.kv_heads != config.num_heads
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend over x [B, T, D]; mask bool [B, 1, T, T] or None for plain causal. Returns [B, T, D]."""
+        query, key, value = (w(x).unflatten(-1, (-1, self.head_width)) for w in (self.wq, self.wk, self.wv))
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if self.rope is not None:
+            cos, sin = self.rope(query)
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        out = functional.scaled_dot_product_attention(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            attn_mask=mask,
+            dropout_p=self.drop if self.training else 0.0,
+            is_causal=mask is None,
+            enable_gqa=self.grouped,
+        )
+        projected: Tensor = self.wo(out.transpose(1, 2).flatten(-2))
+        return projected

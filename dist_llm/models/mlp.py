@@ -1,0 +1,29 @@
+"""The feed-forward half of a block: GELU (Hendrycks & Gimpel 2016) or SwiGLU (Shazeer 2020)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dist_llm.config.model import ModelConfig
+
+
+class MLP(nn.Module):
+    """down(gelu(up(x))), or down(silu(gate(x)) * up(x)) for SwiGLU."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.ffn_hidden_size
+        self.gate = nn.Linear(width, inner, bias=config.bias) if config.activation == "swiglu" else None
+        self.up = nn.Linear(width, inner, bias=config.bias)
+        self.down = nn.Linear(inner, width, bias=config.bias)
+        self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [B, T, D] to [B, T, D]."""
+        if self.gate is not None:
+            inner = functional.silu(self.gate(x)) * self.up(x)
+        else:
+            inner = functional.gelu(self.up(x), approximate=self.approximate)
+        out: Tensor = self.down(inner)
+        return out

@@ -1,0 +1,51 @@
+"""How the transformer may be split, and how it starts: declarations about names, no arithmetic on ranks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from dist_llm.config.model import ModelConfig
+from dist_llm.types import ShardPlan, Style
+
+SHARD_PLAN: ShardPlan = {
+    "embed.tokens": Style.VOCAB,
+    "embed.positions": Style.POSITION,
+    "layers.*.attention": Style.REGION,
+    "layers.*.attention.w[qkv]": Style.COLUMN,
+    "layers.*.attention.wo": Style.ROW,
+    "layers.*.attention.[qk]_norm": Style.HEADWISE,
+    "layers.*.attention_norm": Style.TOKENWISE,
+    "layers.*.mlp": Style.REGION,
+    "layers.*.mlp.gate": Style.COLUMN,
+    "layers.*.mlp.up": Style.COLUMN,
+    "layers.*.mlp.down": Style.ROW,
+    "layers.*.mlp_norm": Style.TOKENWISE,
+    "head.norm": Style.TOKENWISE,
+    "head.projection": Style.HEAD,
+}
+"""The Megatron split of the model: two REGIONs a layer, the vocabulary split at both ends."""
+
+TIED_PAIR = ("embed.tokens.weight", "head.projection.weight")
+"""The logical name of a tied weight, and where the last stage keeps its copy."""
+
+
+@dataclass(frozen=True)
+class Init:
+    """The distribution that a parameter starts from; std in the parameter's own units."""
+
+    kind: Literal["normal", "ones", "zeros"]
+    std: float = 0.0
+
+
+def plan_init(config: ModelConfig, name: str) -> Init:
+    """Return how parameter `name` starts: GPT-2's scheme, with residual projections scaled by 1 / sqrt(2 L)."""
+    module, _, leaf = name.rpartition(".")
+    if leaf == "bias":
+        return Init("zeros")
+    if module.endswith("norm"):
+        return Init("ones")
+    if module.endswith((".wo", ".down")):
+        return Init("normal", config.init_std / math.sqrt(2 * config.num_layers))
+    return Init("normal", config.init_std)

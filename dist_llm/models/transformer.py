@@ -1,0 +1,132 @@
+"""One decoder-only transformer: GPT-2 and Llama are two settings of its options.
+
+    tokens -> embed -> [attention + mlp, pre- or post-norm residuals] x L -> head -> logits
+
+A stage of a pipeline is the same module with parts removed: names never change. Single-device code: it knows no rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dist_llm.config.model import ModelConfig
+from dist_llm.models.attention import Attention, document_mask
+from dist_llm.models.dropout import Dropout
+from dist_llm.models.mlp import MLP
+from dist_llm.models.norm import build_norm
+from dist_llm.models.rope import RopeTable
+
+
+class Positions(nn.Embedding):
+    """A learned table of positions; looked up for positions 0..T-1 of every sequence."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return [T, D] for tokens [B, T]."""
+        return self.weight[: tokens.shape[1]]
+
+
+class Embedding(nn.Module):
+    """Token table, plus a learned position table when configured, plus dropout."""
+
+    def __init__(self, config: ModelConfig, seed: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        learned = config.position == "learned"
+        self.positions = Positions(config.max_seq_len, config.hidden_size) if learned else None
+        self.dropout = Dropout(config.dropout, seed, "embed")
+
+    def forward(self, tokens: Tensor, samples: Tensor | None) -> Tensor:
+        """Return hidden states [B, T, D] of tokens int64 [B, T]."""
+        hidden = self.tokens(tokens)
+        if self.positions is not None:
+            hidden = hidden + self.positions(tokens)
+        out: Tensor = self.dropout(hidden, samples)
+        return out
+
+
+class Block(nn.Module):
+    """Attention and MLP, each with its norm, dropout and residual."""
+
+    def __init__(self, config: ModelConfig, seed: int, index: int, rope: RopeTable | None) -> None:
+        super().__init__()
+        self.attention = Attention(config, rope)
+        self.mlp = MLP(config)
+        self.attention_norm = build_norm(config, config.hidden_size)
+        self.mlp_norm = build_norm(config, config.hidden_size)
+        self.attention_dropout = Dropout(config.dropout, seed, f"layers.{index}.attention")
+        self.mlp_dropout = Dropout(config.dropout, seed, f"layers.{index}.mlp")
+        self.post_norm = config.norm_placement == "post"
+
+    def forward(self, x: Tensor, samples: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Map hidden states [B, T, D] to [B, T, D]; mask bool [B, 1, T, T] or None for plain causal."""
+        if self.post_norm:
+            x = self.attention_norm(x + self.attention_dropout(self.attention(x, mask), samples))
+            out: Tensor = self.mlp_norm(x + self.mlp_dropout(self.mlp(x), samples))
+            return out
+        x = x + self.attention_dropout(self.attention(self.attention_norm(x), mask), samples)
+        out = x + self.mlp_dropout(self.mlp(self.mlp_norm(x)), samples)
+        return out
+
+
+class Head(nn.Module):
+    """Final norm (pre-norm models) and projection to the vocabulary."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm = build_norm(config, config.hidden_size) if config.norm_placement == "pre" else None
+        self.projection = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits [B, T, V] of hidden states [B, T, D]."""
+        logits: Tensor = self.projection(x if self.norm is None else self.norm(x))
+        return logits
+
+
+class Transformer(nn.Module):
+    """The whole model, or a pipeline stage of it after `keep_stage`."""
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        rope = RopeTable(config) if config.position == "rope" else None
+        self.embed: Embedding | None = Embedding(config, seed)
+        self.layers = nn.ModuleDict({str(i): Block(config, seed, i, rope) for i in range(config.num_layers)})
+        self.head: Head | None = Head(config)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make the head's projection the token table itself, when configured and both are here."""
+        if self.config.tie_embeddings and self.embed is not None and self.head is not None:
+            self.head.projection.weight = self.embed.tokens.weight
+
+    def keep_stage(self, layers: Sequence[int], first: bool, last: bool) -> None:
+        """Remove what this stage does not hold: other layers, the embedding unless first, the head unless last."""
+        for name in list(self.layers):
+            if int(name) not in layers:
+                del self.layers[name]
+        if not first:
+            self.embed = None
+        if not last:
+            self.head = None
+
+    def forward(self, inputs: Tensor, samples: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
+        """Run the parts that are here.
+
+        inputs: tokens int64 [B, T] when the embedding is here, else hidden states [B, T, D].
+        samples int64 [B]: global sample numbers (dropout). documents int64 [B, T]: attention stays inside a document.
+        Returns logits [B, T, V] when the head is here, else hidden states [B, T, D].
+        """
+        mask = None if documents is None else document_mask(documents)
+        hidden = inputs if self.embed is None else self.embed(inputs, samples)
+        for layer in self.layers.values():
+            hidden = layer(hidden, samples, mask)
+        return hidden if self.head is None else self.head(hidden)
+
+
+def build_model(config: ModelConfig, seed: int = 0) -> Transformer:
+    """Return the whole model on the meta device: shapes and names, no memory."""
+    with torch.device("meta"):
+        return Transformer(config, seed)

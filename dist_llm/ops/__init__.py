@@ -1,0 +1,1 @@
+"""Operations on plain tensors, one a file."""

@@ -1,0 +1,21 @@
+"""Dropout whose mask is a function of (key, global sample, token, feature), so every layout drops the same elements."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dist_llm.ops.counter_rng import hash_counter, keep_mask
+
+
+def dropout(x: Tensor, drop: float, key: int, samples: Tensor, token_offset: int = 0) -> Tensor:
+    """Zero elements of x with probability `drop` and scale the rest by 1 / (1 - drop).
+
+    x [B, T, D]; samples int64 [B] global sample numbers; token_offset: global position of x[:, 0].
+    """
+    _, num_tokens, width = x.shape
+    tokens = torch.arange(token_offset, token_offset + num_tokens, device=x.device)
+    rows = hash_counter(tokens[None, :], hash_counter(samples, key)[:, None])
+    features = torch.arange(width, device=x.device)
+    mask = keep_mask(features, rows[:, :, None], drop)
+    return torch.where(mask, x * (1.0 / (1.0 - drop)), torch.zeros((), dtype=x.dtype, device=x.device))

@@ -1,0 +1,60 @@
+"""Rotary position embedding (Su et al. 2021) in the half-split form, with Llama-3 and YaRN frequency scaling.
+
+    [x1, x2] -> [x1 cos - x2 sin, x2 cos + x1 sin],  angle = position * theta^(-2i/d)
+
+Llama-3 stretches low frequencies by `factor` (Meta 2024); YaRN blends interpolation and extrapolation by wavelength and
+scales attention (Peng et al. 2023). Tables are computed in fp64 and cast once.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+def inverse_frequencies(head_dim: int, theta: float) -> Tensor:
+    """Return the unscaled angular frequencies, float64 [head_dim / 2]."""
+    return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+
+
+def llama3_frequencies(freqs: Tensor, factor: float, low: float, high: float, original: int) -> Tensor:
+    """Divide frequencies of wavelength over original/low by `factor`, keep those under original/high, else blend."""
+    wavelength = 2 * math.pi / freqs
+    smooth = ((original / wavelength - low) / (high - low)).clamp(0, 1)
+    return (1 - smooth) * freqs / factor + smooth * freqs
+
+
+def yarn_frequencies(freqs: Tensor, factor: float, fast: float, slow: float, original: int, theta: float) -> Tensor:
+    """Blend interpolated and plain frequencies between `fast` and `slow` rotations in `original` tokens."""
+    half = freqs.numel()
+
+    def dim_of(rotations: float) -> float:
+        return half * math.log(original / (rotations * 2 * math.pi)) / math.log(theta)
+
+    low, high = max(math.floor(dim_of(fast)), 0), min(math.ceil(dim_of(slow)), 2 * half - 1)
+    ramp = ((torch.arange(half, dtype=torch.float64) - low) / max(high - low, 1e-3)).clamp(0, 1)
+    return freqs / factor * ramp + freqs * (1 - ramp)
+
+
+def yarn_attention_factor(factor: float) -> float:
+    """Return YaRN's magnitude of the rotated vectors: 0.1 ln(factor) + 1."""
+    return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def rotation_table(freqs: Tensor, num_tokens: int, magnitude: float) -> tuple[Tensor, Tensor]:
+    """Return float64 cos and sin, each [num_tokens, head_dim / 2]."""
+    angles = torch.outer(torch.arange(num_tokens, dtype=torch.float64), freqs)
+    return angles.cos() * magnitude, angles.sin() * magnitude
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x [B, T, H, D] by the tables [T, D / 2], in the wider of their formats; result in x's."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+Scaling = Literal["none", "llama3", "yarn"]

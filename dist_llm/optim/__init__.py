@@ -1,0 +1,1 @@
+"""How weights change: parameter groups, AdamW, learning-rate schedules."""

@@ -1,0 +1,88 @@
+"""The only place with the order in which a model is split.
+
+meta model of the stage -> tensor / sequence parallel -> recompute -> ZeRO -> materialise -> tie -> initialise
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from dist_llm.accounting.stages import StagePlan
+from dist_llm.config.parallel import ParallelConfig
+from dist_llm.parallel.pipeline import StageModule
+from dist_llm.parallel.recompute import apply_recompute
+from dist_llm.parallel.shards import LocalShard, list_shards
+from dist_llm.parallel.tensor import apply_tensor
+from dist_llm.parallel.zero import apply_zero, needs_fsdp
+from dist_llm.runtime.mesh import Mesh
+from dist_llm.types import ShardPlan
+
+
+@dataclass(frozen=True)
+class SplittableModel:
+    """What splitting needs to know of a model family; models and this layer are strangers.
+
+    build: the meta module of a stage. blocks: its repeated parts; units: the ZeRO units, in forward order.
+    tie: shares a tied weight whose two ends are both in the module. tied: (logical name, name of the copy) or None.
+    initialise: fills one shard with its starting values.
+    """
+
+    build: Callable[[StagePlan], nn.Module]
+    blocks: Callable[[nn.Module], list[nn.Module]]
+    units: Callable[[nn.Module], list[nn.Module]]
+    tie: Callable[[nn.Module], None]
+    plan: ShardPlan
+    tied: tuple[str, str] | None
+    initialise: Callable[[LocalShard], None]
+
+
+@dataclass(frozen=True)
+class Formats:
+    """compute: activations and products; master: stored weights, optimizer state and reductions."""
+
+    compute: torch.dtype
+    master: torch.dtype
+
+
+@dataclass(frozen=True)
+class SplitStage:
+    """A materialised stage and this rank's shards of its parameters."""
+
+    part: StageModule
+    shards: tuple[LocalShard, ...]
+
+
+def apply_layout(
+    model: SplittableModel, stages: list[StagePlan], parallel: ParallelConfig, formats: Formats, mesh: Mesh
+) -> list[SplitStage]:
+    """Build, split and fill this rank's stages of the model. Issues no collective."""
+    return [
+        _split_stage(model, stage, parallel, formats, mesh)
+        for stage in stages
+        if stage.index % mesh.pp.size == mesh.pp.index
+    ]
+
+
+def _split_stage(
+    model: SplittableModel, stage: StagePlan, parallel: ParallelConfig, formats: Formats, mesh: Mesh
+) -> SplitStage:
+    module = model.build(stage).to(formats.master)
+    table = apply_tensor(module, model.plan, mesh.tp, parallel.sequence)
+    if parallel.recompute == "full":
+        apply_recompute(model.blocks(module))
+    if needs_fsdp(mesh, formats.compute, formats.master):
+        policy = MixedPrecisionPolicy(
+            param_dtype=formats.compute, reduce_dtype=formats.master, output_dtype=formats.compute
+        )
+        apply_zero(module, model.units(module), mesh, parallel.zero, policy)
+    module.to_empty(device=mesh.device)
+    model.tie(module)
+    shards = tuple(list_shards(module, table, mesh, model.tied))
+    for shard in shards:
+        model.initialise(shard)
+    return SplitStage(StageModule(module, stage.index, stage.count), shards)

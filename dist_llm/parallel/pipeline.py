@@ -1,0 +1,217 @@
+"""One global batch through the model: gradient accumulation when pp = 1, a pipeline schedule when pp > 1.
+
+Schedules come from torch.distributed.pipelining (GPipe, Huang et al. 2019; 1F1B and interleaved 1F1B, Narayanan et
+al. 2021). torch's stage would force ZeRO-1 traffic on an FSDP module, so the stage holds the model behind a plain
+module and this file sets the traffic of each backward by ZeRO stage, the same way with and without a pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+
+from dist_llm.parallel.zero import release, set_backward_traffic
+from dist_llm.runtime.mesh import Axis
+from dist_llm.types import Batch
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+"""(logits, targets) to the sum of token losses over a fixed constant."""
+
+
+@dataclass(frozen=True)
+class Microbatching:
+    """How a rank's share of the global batch is cut: `count` microbatches of `size` sequences.
+
+    after_last_forward is called when the rank's last forward of a step is done, before what follows it.
+    """
+
+    size: int
+    count: int
+    after_last_forward: Callable[[], None]
+
+
+class Runner(Protocol):
+    """Runs a rank's share of a global batch."""
+
+    def forward_backward(self, batch: Batch) -> Tensor:
+        """Accumulate gradients over all microbatches; return the sum of losses (0 except on the last stage)."""
+        ...
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the sum of losses without gradients (0 except on the last stage)."""
+        ...
+
+
+def _extras(batch: Batch) -> dict[str, Tensor]:
+    """Return what every stage needs beside its input, each with the batch in dim 0."""
+    extras = {"samples": batch.samples}
+    if batch.documents is not None:
+        extras["documents"] = batch.documents
+    return extras
+
+
+def _microbatches(batch: Batch, size: int) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+    extras = _extras(batch)
+    for start in range(0, batch.tokens.shape[0], size):
+        rows = slice(start, start + size)
+        yield batch.tokens[rows], batch.targets[rows], {name: value[rows] for name, value in extras.items()}
+
+
+class Accumulation:
+    """All layers on this rank: microbatches one after another."""
+
+    def __init__(self, model: nn.Module, loss: LossFunction, cut: Microbatching, zero: int) -> None:
+        self._model, self._loss, self._cut, self._zero = model, loss, cut, zero
+
+    def forward_backward(self, batch: Batch) -> Tensor:
+        """Accumulate gradients over the microbatches; return the sum of their losses."""
+        total = torch.zeros((), device=batch.tokens.device)
+        for index, (tokens, targets, extras) in enumerate(_microbatches(batch, self._cut.size)):
+            set_backward_traffic(self._model, self._zero, last=index == self._cut.count - 1)
+            loss = self._loss(self._model(tokens, **extras), targets)
+            if index == self._cut.count - 1:
+                self._cut.after_last_forward()
+            loss.backward()  # type: ignore[no-untyped-call]
+            total = total + loss.detach()
+        return total
+
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the sum of losses without gradients."""
+        losses = [self._loss(self._model(x, **extras), y) for x, y, extras in _microbatches(batch, self._cut.size)]
+        release(self._model)
+        return torch.stack(losses).sum()
+
+
+class _Plain(nn.Module):
+    """Hides an FSDP model from torch's pipeline stage, which would otherwise decide its traffic."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        out: Tensor = self.model(*args, **kwargs)
+        return out
+
+
+class _Stage(PipelineStage):
+    """A pipeline stage whose gradient traffic follows the ZeRO stage; backwards run in microbatch order."""
+
+    zero: int = 0
+    num_microbatches: int = 1
+    after_forward: Callable[[], None]
+    _backwards: int = 0
+
+    def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        """Run one forward and say so."""
+        out = super().forward_one_chunk(*args, **kwargs)
+        self.after_forward()
+        return out
+
+    def backward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        """Run one backward; the last of the step reduces what ZeRO has held back."""
+        self._backwards += 1
+        last = self._backwards == self.num_microbatches
+        set_backward_traffic(self.submod.model, self.zero, last)  # type: ignore[arg-type]
+        if last:
+            self._backwards = 0
+        return super().backward_one_chunk(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class StageModule:
+    """A part of the model on this rank and its place among all stages."""
+
+    model: nn.Module
+    index: int
+    count: int
+
+
+@dataclass(frozen=True)
+class StageTensors:
+    """What crosses a stage boundary: hidden states [microbatch, T (or T/tp), D] in the compute format."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    tokens_shape: tuple[int, ...]
+
+
+def _build_stage(part: StageModule, crossing: StageTensors, axis: Axis, device: torch.device) -> _Stage:
+    hidden = torch.empty(crossing.shape, dtype=crossing.dtype, device="meta", requires_grad=True)
+    tokens = torch.empty(crossing.tokens_shape, dtype=torch.int64, device="meta")
+    first, last = part.index == 0, part.index == part.count - 1
+    return _Stage(
+        _Plain(part.model),
+        part.index,
+        part.count,
+        device,
+        input_args=tokens if first else hidden,
+        output_args=hidden,
+        input_grads=None if first else hidden.detach(),
+        output_grads=None if last else hidden.detach(),
+        group=axis.group,
+    )
+
+
+class Scheduled:
+    """A share of the layers on this rank: microbatches flow through the stages of the pp axis by a schedule."""
+
+    def __init__(
+        self,
+        parts: list[StageModule],
+        crossing: StageTensors,
+        loss: LossFunction,
+        cut: Microbatching,
+        zero: int,
+        schedule: str,
+        axis: Axis,
+    ) -> None:
+        self._parts = parts
+        device = next(parts[0].model.parameters()).device
+        stages = [_build_stage(part, crossing, axis, device) for part in parts]
+        self._cut, self._forwards = cut, 0
+        for stage in stages:
+            stage.zero, stage.num_microbatches, stage.after_forward = zero, cut.count, self._count_forward
+        options: dict[str, Any] = {"n_microbatches": cut.count, "loss_fn": loss, "scale_grads": False}
+        self._schedule: Any
+        if schedule == "interleaved":
+            self._schedule = ScheduleInterleaved1F1B(list(stages), **options)
+        else:
+            single = ScheduleGPipe if schedule == "gpipe" else Schedule1F1B
+            self._schedule = single(stages[0], **options)
+        self._first = any(part.index == 0 for part in parts)
+        self._last = any(part.index == part.count - 1 for part in parts)
+        self._device = device
+
+    def _count_forward(self) -> None:
+        self._forwards += 1
+        if self._forwards == self._cut.count * len(self._parts):
+            self._forwards = 0
+            self._cut.after_last_forward()
+
+    def _run(self, step: Callable[..., Any], batch: Batch) -> Tensor:
+        args = (batch.tokens,) if self._first else ()
+        losses: list[Tensor] = []
+        target = {"target": batch.targets, "losses": losses} if self._last else {}
+        step(*args, **target, **_extras(batch))
+        if not losses:
+            return torch.zeros((), device=self._device)
+        return torch.stack([loss.detach() for loss in losses]).sum()
+
+    def forward_backward(self, batch: Batch) -> Tensor:
+        """Run the schedule. Issues sends and receives of hidden states and their gradients over pp."""
+        return self._run(self._schedule.step, batch)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Run the forwards of the schedule without gradients."""
+        with torch.no_grad():
+            total = self._run(self._schedule.eval, batch)
+        for part in self._parts:
+            release(part.model)
+        return total

@@ -1,0 +1,89 @@
+"""ZeRO (Rajbhandari et al. 2020) by stage, over the folded (dp, cp) axis; FSDP2 does the sharding.
+
+    stage   parameters            gradients              collectives a step, for each FSDP unit, M microbatches
+    0       whole                 whole                  all-reduce of flat buckets, once
+    1       sharded between steps whole until the last   1 all-gather, 1 reduce-scatter
+    2       sharded between steps sharded                1 all-gather, M reduce-scatter
+    3       sharded always        sharded                2M all-gather, M reduce-scatter
+
+A unit is a block, the embedding, or the head (embedding and head together when tied in one stage). FSDP2 is also used
+with nothing to shard when computing in less than fp32: it holds the fp32 masters and the low-precision copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from dist_llm.runtime.mesh import Axis, Mesh
+
+
+def needs_fsdp(mesh: Mesh, compute: torch.dtype, master: torch.dtype) -> bool:
+    """Return whether there is anything to shard or to cast."""
+    return mesh.shard.size > 1 or compute != master
+
+
+def apply_zero(
+    model: nn.Module, units: Iterable[nn.Module], mesh: Mesh, stage: int, policy: MixedPrecisionPolicy
+) -> None:
+    """Shard each unit, then what is left as the root, in place. Gradients are summed, never averaged.
+
+    Issues nothing now. With more than one forward in flight (pipelines) the implicit backward prefetch of FSDP2 would
+    gather units of another microbatch in vain, so each unit prefetches the one before it and the first none.
+    """
+    listed = list(units)
+    for module in [*listed, model]:
+        fully_shard(module, mesh=mesh.zero_mesh, reshard_after_forward=stage == 3, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    if stage == 3 and mesh.pp.size > 1:
+        for before, unit in zip([listed[0], *listed], listed, strict=False):
+            if isinstance(unit, FSDPModule) and isinstance(before, FSDPModule):
+                unit.set_modules_to_backward_prefetch([before])
+
+
+def set_backward_traffic(model: nn.Module, stage: int, last: bool) -> None:
+    """Say before a backward whether it reduces gradients and frees parameters, by stage and microbatch."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last or stage >= 2)
+        model.set_reshard_after_backward(last or stage == 3)
+
+
+def release(model: nn.Module) -> None:
+    """Free the gathered parameters of a model that ran forward only."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def reduce_in_buckets(grads: Iterable[Tensor], axis: Axis, bucket_bytes: int) -> None:
+    """Sum gradients over the axis in place, in flat buckets. Issues one all-reduce a bucket over `axis`.
+
+    Buckets hold whole tensors of one dtype, at most `bucket_bytes` unless one tensor alone is larger.
+    """
+    if axis.size == 1:
+        return
+    for bucket in _buckets(grads, bucket_bytes):
+        flat = torch.cat([grad.reshape(-1) for grad in bucket])
+        dist.all_reduce(flat, group=axis.group)
+        for grad, part in zip(bucket, torch.split(flat, [grad.numel() for grad in bucket]), strict=True):
+            grad.copy_(part.view_as(grad))
+
+
+def _buckets(grads: Iterable[Tensor], bucket_bytes: int) -> Iterable[list[Tensor]]:
+    bucket: list[Tensor] = []
+    held = 0
+    for grad in grads:
+        if bucket and (held + grad.nbytes > bucket_bytes or grad.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, held = [], 0
+        bucket.append(grad)
+        held += grad.nbytes
+    if bucket:
+        yield bucket

@@ -1,0 +1,46 @@
+"""The device that a rank computes on, and what it costs: peak memory and waiting for queued work."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from typing import Literal
+
+import torch
+
+from dist_llm.errors import ConfigError, Violation
+
+_GIB = 2**30
+
+
+def resolve_device(setting: Literal["auto", "cpu", "cuda"] | str, local_rank: int) -> torch.device:
+    """Return the device of the rank `local_rank` of a node: `auto` takes CUDA where torch sees a device.
+
+    Raises ConfigError when CUDA is asked for and absent, or the node has fewer CUDA devices than ranks.
+    """
+    if setting not in ("auto", "cpu", "cuda"):
+        raise ConfigError([Violation("device", setting, "must be one of the known devices", ("auto", "cpu", "cuda"))])
+    if setting == "cpu" or (setting == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError([Violation("device", setting, "needs a CUDA device that torch can see", ("cpu",))])
+    available = torch.cuda.device_count()
+    if local_rank >= available:
+        rule = f"must not exceed the CUDA devices of this node ({available}): one device a rank"
+        raise ConfigError([Violation("launcher.nproc", f">{local_rank}", rule, (available,))])
+    return torch.device("cuda", local_rank)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return the most memory that this rank has held, in GiB: allocated by torch on CUDA, resident (RSS) on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / _GIB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts in KiB, macOS in bytes.
+    return peak / _GIB if sys.platform == "darwin" else peak * 1024 / _GIB
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that was queued on it; nothing to wait for on CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,100 @@
+"""The mesh of process groups: axes pp, dp, cp, tp (tp varies fastest), and those derived from them.
+
+rank = ((pp * DP + dp) * CP + cp) * TP + tp
+zero     dp x cp folded into one axis: replicas of a parameter; replicate x shard is the same axis cut in two (HSDP)
+ends     first and last pipeline rank at equal (dp, cp, tp): the two copies of a tied embedding
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from dist_llm.config.parallel import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Axis:
+    """This rank's place on one axis: its process group, its index in it and the group's size."""
+
+    name: str
+    group: dist.ProcessGroup
+    index: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """All axes of the run as seen from this rank, passed down explicitly."""
+
+    device: torch.device
+    pp: Axis
+    dp: Axis
+    cp: Axis
+    tp: Axis
+    zero: Axis
+    replicate: Axis
+    shard: Axis
+    world: Axis
+    ends: Axis | None
+    zero_mesh: DeviceMesh
+
+
+def _axis(mesh: DeviceMesh, name: str) -> Axis:
+    group = mesh.get_group(name)
+    return Axis(name, group, mesh.get_local_rank(name), group.size())
+
+
+def _ends_axis(ranks: torch.Tensor) -> Axis | None:
+    """Create the group of first and last pipeline rank for every (dp, cp, tp); every rank takes part in each."""
+    if ranks.shape[0] == 1:
+        return None
+    mine: Axis | None = None
+    pairs = torch.stack((ranks[0].flatten(), ranks[-1].flatten()), dim=1).tolist()
+    for pair in pairs:
+        group = dist.new_group(pair)
+        if dist.get_rank() in pair:
+            mine = Axis("ends", group, pair.index(dist.get_rank()), 2)
+    return mine
+
+
+def build_control_group(timeout_seconds: float) -> dist.ProcessGroup:
+    """Return a CPU group over all ranks for saving and agreeing to stop. Collective over the world."""
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+    return group
+
+
+def build_mesh(parallel: ParallelConfig, device: torch.device) -> Mesh:
+    """Create the process groups of the layout.
+
+    Collective over the world: every rank creates every group. The world's size must be tensor * pipeline * context *
+    data, which the config check has established; the data size is derived here.
+    """
+    world = dist.get_world_size()
+    data = world // parallel.model_ranks
+    shape = (parallel.pipeline, data, parallel.context, parallel.tensor)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp", "cp", "tp"))
+    replicas = data * parallel.context
+    replicate = replicas if parallel.zero == 0 else parallel.replicate
+    folded_shape = (parallel.pipeline, replicate, replicas // replicate, parallel.tensor)
+    folded = init_device_mesh(device.type, folded_shape, mesh_dim_names=("pp_", "replicate", "shard", "tp_"))
+    whole = init_device_mesh(
+        device.type, (parallel.pipeline, replicas, parallel.tensor), mesh_dim_names=("p", "zero", "t")
+    )
+    return Mesh(
+        device=device,
+        pp=_axis(mesh, "pp"),
+        dp=_axis(mesh, "dp"),
+        cp=_axis(mesh, "cp"),
+        tp=_axis(mesh, "tp"),
+        zero=_axis(whole, "zero"),
+        replicate=_axis(folded, "replicate"),
+        shard=_axis(folded, "shard"),
+        world=Axis("world", dist.group.WORLD, dist.get_rank(), world),  # type: ignore[arg-type]
+        ends=_ends_axis(torch.arange(world).view(shape)),
+        zero_mesh=folded["replicate", "shard"] if replicate > 1 else folded["shard"],
+    )

@@ -1,0 +1,87 @@
+"""When and what to save and restore: engine state, RNG state, tokens seen, identity and layout in one checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch.distributed as dist
+
+from dist_llm.checkpoint.agreement import connect, lead
+from dist_llm.checkpoint.inspect import read_manifest
+from dist_llm.checkpoint.load import find_latest, load
+from dist_llm.checkpoint.manifest import check_identity
+from dist_llm.checkpoint.retention import prune
+from dist_llm.checkpoint.save import save
+from dist_llm.config.operations import CheckpointConfig
+from dist_llm.engine.base import Engine
+from dist_llm.errors import CheckpointError
+from dist_llm.runtime.seed import generator_state, set_generator_state
+from dist_llm.types import StepRecord, TensorShard, TrainState
+
+
+@dataclass
+class Checkpoints:
+    """The checkpoints of one run, under `root`; `group` is a CPU group over all ranks."""
+
+    root: Path
+    config: CheckpointConfig
+    engine: Engine
+    group: dist.ProcessGroup
+    identity: dict[str, object]
+    layout: dict[str, object]
+    report: Callable[[int], None]
+    saved_step: int = field(default=-1)
+
+    def _state(self, tokens: int, with_rng: bool) -> TrainState:
+        state = self.engine.state()
+        tensors = list(state.tensors)
+        if with_rng:
+            for name, value in generator_state().items():
+                key = f"rng.{name}.rank-{dist.get_rank()}"
+                tensors.append(TensorShard(key, tuple(value.shape), (0,) * value.dim(), value, True))
+        facts = {**state.facts, "tokens": tokens, "identity": self.identity, "layout": self.layout}
+        return TrainState(tuple(tensors), facts)
+
+    def after_step(self, record: StepRecord) -> None:
+        """Save when the interval says so (a hook of the loop)."""
+        if self.config.interval and record.step % self.config.interval == 0:
+            self.save(record.step, record.tokens)
+
+    def save(self, step: int, tokens: int) -> None:
+        """Commit a checkpoint of `step` once, then prune. Every rank calls it; collectives over the control group."""
+        if step == self.saved_step:
+            return
+        save(self.root, step, self._state(tokens, with_rng=True), self.group)
+        self.saved_step = step
+        self.report(step)
+        lead(connect(self.group), lambda: prune(self.root, self.config.keep) and None)
+
+    def restore(self, must: bool) -> tuple[int, int]:
+        """Load the newest sound checkpoint; return (steps done, tokens seen), zeros when there is none.
+
+        CheckpointMismatch when it is of another model, tokenizer or data; RNG state returns on the same layout only.
+        """
+        path = find_latest(self.root, self.group)
+        if path is None:
+            if must:
+                raise CheckpointError(f"run.resume=must, and {self.root} holds no checkpoint; use run.resume=auto")
+            return 0, 0
+        saved = read_manifest(path)[0].facts
+        check_identity(_mapping(saved.get("identity")), self.identity)
+        same_layout = saved.get("layout") == self.layout
+        state = self._state(0, with_rng=same_layout)
+        facts = load(path, state, self.group, partial=not same_layout)
+        self.engine.restore(facts)
+        if same_layout:
+            prefix, suffix = "rng.", f".rank-{dist.get_rank()}"
+            rng = {s.name[len(prefix) : -len(suffix)]: s.data for s in state.tensors if s.name.startswith(prefix)}
+            set_generator_state(rng)
+        step, tokens = int(str(facts["step"])), int(str(facts["tokens"]))
+        self.saved_step = step
+        return step, tokens
+
+
+def _mapping(value: object) -> dict[str, object]:
+    return dict(value) if isinstance(value, dict) else {}

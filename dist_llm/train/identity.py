@@ -1,0 +1,27 @@
+"""What must not change between a checkpoint and the run that resumes from it."""
+
+from __future__ import annotations
+
+from dist_llm.config.run import RunConfig
+
+
+def identity_of(config: RunConfig, tokenizer_sha256: str, data_fingerprint: str) -> dict[str, object]:
+    """Return the JSON-able facts that define the model, the meaning of tokens and the order of samples."""
+    facts: dict[str, object] = {f"model.{key}": value for key, value in config.model.model_dump(mode="json").items()}
+    facts["tokenizer.sha256"] = tokenizer_sha256
+    facts["data.fingerprint"] = data_fingerprint
+    facts["data.seq_len"] = config.data.seq_len
+    facts["data.global_batch"] = config.data.global_batch
+    facts["data.document_mask"] = config.data.document_mask
+    facts["data.validation_fraction"] = config.data.validation_fraction
+    facts["run.seed"] = config.run.seed
+    facts["optimizer.name"] = config.optimizer.name
+    facts["precision.master"] = config.precision.master
+    return facts
+
+
+def layout_of(config: RunConfig, world_size: int) -> dict[str, object]:
+    """Return the JSON-able facts under which a resume is bit-equal: the layout and everything that orders additions."""
+    facts: dict[str, object] = dict(config.parallel.model_dump(mode="json"))
+    facts.update(world_size=world_size, microbatch=config.data.microbatch, engine=config.engine.name)
+    return facts

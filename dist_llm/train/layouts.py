@@ -1,0 +1,86 @@
+"""The layouts and model variants that `verify layout` compares with one process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dist_llm.config.model import ModelConfig
+from dist_llm.config.run import RunConfig
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model variant on a layout: `ranks` ranks, `accumulation` microbatches in each rank's share of a batch."""
+
+    variant: str
+    parallel: Mapping[str, object]
+    ranks: int
+    accumulation: int
+
+    @property
+    def name(self) -> str:
+        """A short unique name, axes in the field's words."""
+        axes = [f"{key}={value}" for key, value in self.parallel.items()]
+        return " ".join([self.variant, f"ranks={self.ranks}", *axes, f"accumulation={self.accumulation}"])
+
+
+def _case(variant: str, ranks: int, accumulation: int, **parallel: object) -> Case:
+    return Case(variant, parallel, ranks, accumulation)
+
+
+CASES: tuple[Case, ...] = (
+    _case("as-given", 2, 1, data=2, zero=0),
+    _case("as-given", 2, 4, tensor=2, zero=0),
+    _case("as-given", 2, 1, tensor=2, sequence=True, zero=0),
+    _case("as-given", 4, 1, data=4, zero=1),
+    _case("as-given", 2, 4, data=2, zero=2),
+    _case("as-given", 2, 4, data=2, zero=3),
+    _case("as-given", 4, 1, data=4, replicate=2, zero=3),
+    _case("as-given", 2, 4, pipeline=2, zero=0),
+    _case("as-given", 2, 4, pipeline=2, virtual_pipeline=2, schedule="interleaved", zero=0),
+    _case("as-given", 2, 4, tensor=2, sequence=True, recompute="full"),
+    _case("as-given", 8, 4, tensor=2, sequence=True, pipeline=2, data=2, zero=1),
+    _case("as-given", 8, 4, tensor=2, sequence=True, pipeline=2, data=2, zero=3),
+    _case("untied", 2, 1, tensor=2, sequence=True),
+    _case("untied", 4, 4, pipeline=2, data=2, zero=2),
+    _case("odd-vocabulary", 2, 4, tensor=2),
+    _case("odd-vocabulary", 4, 4, tensor=2, sequence=True, pipeline=2),
+    _case("gpt2", 2, 4, tensor=2, sequence=True),
+    _case("gpt2", 4, 4, pipeline=2, virtual_pipeline=2, schedule="interleaved", data=2, zero=1),
+    _case("gpt2", 8, 4, tensor=2, sequence=True, pipeline=2, data=2, zero=2),
+    _case("gpt2-untied", 4, 1, tensor=2, data=2, zero=3),
+)
+"""At least one case for each axis, schedule, ZeRO stage, family, tying and accumulation, and mixes up to 8 ranks."""
+
+
+def variant_model(model: ModelConfig, variant: str) -> ModelConfig:
+    """Return the model of a variant: the given one, or it with tying, vocabulary or family changed."""
+    changes: dict[str, object] = {}
+    if variant == "odd-vocabulary":
+        changes["vocab_size"] = model.vocab_size + 1 + model.vocab_size % 2
+    if variant in ("untied", "gpt2-untied"):
+        changes["tie_embeddings"] = False
+    if variant in ("gpt2", "gpt2-untied"):
+        changes.update(family="gpt2", position="learned", norm="layernorm", activation="gelu", bias=True)
+        changes.update(num_kv_heads=None, qk_norm=False, dropout=0.1, tie_embeddings=variant == "gpt2")
+    return ModelConfig.model_validate({**model.model_dump(), **changes})
+
+
+def case_config(config: RunConfig, case: Case, steps: int, precision: str) -> RunConfig:
+    """Return the run of a case: the given one with the variant's model, the case's layout and its microbatch."""
+    tree = config.model_dump()
+    data = int(str(case.parallel.get("data", 1)))
+    tree["model"] = variant_model(config.model, case.variant).model_dump()
+    tree["model"]["attention_dropout"] = 0.0
+    tree["parallel"] = {"zero": 1, **case.parallel, "data": data}
+    tree["data"]["microbatch"] = max(1, config.data.global_batch // (data * case.accumulation))
+    tree["precision"] = {"name": precision}
+    tree["run"]["steps"] = steps
+    tree["launcher"]["nproc"] = case.ranks
+    return RunConfig.model_validate(tree)
+
+
+def baseline(variant: str) -> Case:
+    """Return the one-process case of a variant: the whole batch at once."""
+    return Case(variant, {}, 1, 1)

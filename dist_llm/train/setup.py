@@ -1,0 +1,218 @@
+"""Bring a run up and through: process -> mesh -> engine -> data -> restore -> loop. RunConfig stops here."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from dist_llm.accounting.flops import step_flops
+from dist_llm.checkpoint.agreement import connect, lead
+from dist_llm.config.run import RunConfig
+from dist_llm.data.indexed import IndexedDataset
+from dist_llm.data.loader import Split, TokenLoader
+from dist_llm.data.prepare import prepare
+from dist_llm.data.prepared import PreparedData
+from dist_llm.data.tokenizer import Tokenizer
+from dist_llm.engine.build import build_engine
+from dist_llm.errors import ConfigError, ExitCode, Violation
+from dist_llm.runtime.device import peak_memory_gib
+from dist_llm.runtime.log import get_logger
+from dist_llm.runtime.mesh import build_control_group, build_mesh
+from dist_llm.runtime.process import start_process, stop_process, usable_cores
+from dist_llm.runtime.ranks import RankInfo
+from dist_llm.runtime.seed import set_determinism
+from dist_llm.telemetry.live import LiveLine
+from dist_llm.telemetry.meters import Meter
+from dist_llm.telemetry.records import EventKind, RunFiles
+from dist_llm.telemetry.tensorboard import TensorBoard
+from dist_llm.train.checkpoints import Checkpoints
+from dist_llm.train.evaluation import Evaluation
+from dist_llm.train.identity import identity_of, layout_of
+from dist_llm.train.interrupt import Interruption
+from dist_llm.train.lock import lock_run
+from dist_llm.train.loop import Hook, Span, loop
+from dist_llm.train.numerics import NumericsGuard
+from dist_llm.types import StepRecord
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended here: its exit code, and whether this process took the last step."""
+
+    code: ExitCode
+    trained_to_end: bool = False
+
+
+def run(config: RunConfig, config_yaml: str, ranks: RankInfo) -> Outcome:
+    """Train as configured, as one rank of `ranks`, and return how it ended; errors are raised.
+
+    config_yaml is the resolved config as text, kept in the run folder. Collectives: those of the engine, and over a CPU
+    control group those of saving and one flag a step.
+    """
+    prepared = prepare(config.data, config.tokenizer, config.model.vocab_size, log.info if ranks.rank == 0 else _silent)
+    device = start_process(ranks, config.device, config.launcher.timeout_seconds, config.launcher.threads)
+    try:
+        set_determinism(config.run.seed, config.run.deterministic)
+        control = build_control_group(config.launcher.timeout_seconds)
+        return _Run(config, config_yaml, prepared, device, control).train()
+    finally:
+        stop_process()
+
+
+def run_directory(config: RunConfig) -> Path:
+    """Return the folder of the run's files: `<run.dir>/<run.name>`."""
+    return Path(config.run.dir).expanduser() / config.run.name
+
+
+def _silent(message: str) -> None:
+    """Say nothing: rank 0 speaks for all."""
+
+
+class _Run:
+    """One run on one rank, from its parts to its exit code."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        config_yaml: str,
+        prepared: PreparedData,
+        device: torch.device,
+        control: dist.ProcessGroup,
+    ) -> None:
+        self._config, self._control, self._device = config, control, device
+        self._channel = connect(control)
+        self._leads = dist.get_rank() == 0
+        self._dir = run_directory(config)
+        lead(self._channel, lambda: self._claim(config_yaml, prepared))
+        mesh = build_mesh(config.parallel, device)
+        self._engine = build_engine(config, mesh)
+        dataset = IndexedDataset(prepared.prefix)
+        eos = Tokenizer.load(prepared.tokenizer_path).eos_id
+        splits: tuple[Split, ...] = ("train", "validation") if config.data.validation_fraction > 0 else ("train",)
+        self._loaders = {
+            split: TokenLoader(
+                dataset, config.data, config.run.seed, self._engine.data_slice, eos, config.model.vocab_size, split
+            )
+            for split in splits
+        }
+        self._checkpoints = Checkpoints(
+            root=self._dir / "checkpoints",
+            config=config.checkpoint,
+            engine=self._engine,
+            group=control,
+            identity=identity_of(config, prepared.tokenizer_sha256, prepared.fingerprint),
+            layout=layout_of(config, dist.get_world_size()),
+            report=lambda step: self._event("save", step, "committed"),
+        )
+
+    def _claim(self, config_yaml: str, prepared: PreparedData) -> None:
+        """Take the run folder for this run (rank 0): refuse another live run, or any run under resume=never."""
+        holds_run = any((self._dir / name).exists() for name in ("metrics.jsonl", "checkpoints"))
+        if self._config.run.resume == "never" and holds_run:
+            rule = f"starts afresh, and {self._dir} already holds a run; name another run.name or resume"
+            raise ConfigError([Violation("run.resume", "never", rule, ("auto", "must"))])
+        self._lock = lock_run(self._dir)
+        self._config_yaml, self._prepared = config_yaml, prepared
+
+    def _event(self, kind: EventKind, step: int, reason: str, **facts: object) -> None:
+        if self._leads:
+            self._files.event(kind, step, reason, **facts)
+
+    def train(self) -> Outcome:
+        """Restore, loop, save; DONE, or PREEMPTED when a signal ended the run early."""
+        config = self._config
+        done, tokens = self._checkpoints.restore(must=config.run.resume == "must")
+        if done >= config.run.steps and done:
+            log.info("run %s is done: step %d of %d, %s", config.run.name, done, config.run.steps, self._dir)
+            return Outcome(ExitCode.DONE)
+        lead(self._channel, self._open_files)
+        reason = f"from checkpoint {done}" if done else "no checkpoint"
+        self._event("resume" if done else "start", done, reason, layout=layout_of(config, dist.get_world_size()))
+        self._say(
+            f"run {config.run.name}: step {done} of {config.run.steps} on {dist.get_world_size()} ranks, {self._dir}"
+        )
+        interruption = Interruption(self._control)
+        meter = self._meter(tokens)
+        guard = NumericsGuard(config.precision.max_skipped_steps, self._event)
+        hooks: list[Hook] = [
+            *self._rank_0_hooks(done),
+            guard.after_step,
+            *self._evaluation(),
+            self._checkpoints.after_step,
+        ]
+        try:
+            span = Span(done, config.run.steps)
+            reached = loop(self._engine, self._loaders["train"], span, meter, hooks, interruption.agreed)
+            self._checkpoints.save(reached, meter.tokens)
+        except BaseException as error:
+            code = getattr(error, "exit_code", ExitCode.BUG)
+            self._event("fault", -1, f"{type(error).__name__}: {error}", code=int(code))
+            raise
+        finally:
+            interruption.close()
+            self._close_hooks()
+        finished = reached >= config.run.steps
+        code = ExitCode.DONE if finished else ExitCode.PREEMPTED
+        self._event("stop", reached, "all steps done" if finished else "asked to stop by a signal", code=int(code))
+        return Outcome(code, trained_to_end=finished)
+
+    def _open_files(self) -> None:
+        self._files = RunFiles(self._dir)
+        self._files.write_config(self._config_yaml)
+        shutil.copyfile(self._prepared.tokenizer_path, self._dir / "tokenizer.model")
+
+    def _say(self, message: str) -> None:
+        if self._leads:
+            log.info(message)
+
+    def _meter(self, tokens: int) -> Meter:
+        config = self._config
+        cluster = config.cluster
+        peak = getattr(cluster.peak_tflops, config.precision.name) * 1e12
+        on_cuda = self._device.type == "cuda"
+        devices = (
+            dist.get_world_size() if on_cuda else (cluster.devices_per_node or usable_cores()) * config.launcher.nodes
+        )
+        known = cluster.device == self._device.type
+        flops = step_flops(config.model, config.data.seq_len, config.data.global_batch)
+        per_token = flops / (config.data.seq_len * config.data.global_batch)
+        device = self._device
+        return Meter(per_token, peak * devices if known else None, lambda: peak_memory_gib(device), tokens)
+
+    def _rank_0_hooks(self, done: int) -> list[Hook]:
+        """Return the hooks that write and show; other ranks have none."""
+        self._closers: list[Callable[[], None]] = []
+        if not self._leads:
+            return []
+        live = LiveLine(self._config.run.steps, self._config.telemetry.log_interval)
+        self._closers.append(live.close)
+        hooks: list[Hook] = [self._files.record, live]
+        if self._config.telemetry.tensorboard:
+            board = TensorBoard(self._dir, done + 1)
+            self._closers.append(board.close)
+            hooks.append(board)
+        return hooks
+
+    def _close_hooks(self) -> None:
+        for close in self._closers:
+            close()
+
+    def _evaluation(self) -> list[Hook]:
+        telemetry = self._config.telemetry
+        if not telemetry.eval_interval or "validation" not in self._loaders:
+            return []
+        report: Callable[[StepRecord, float, int], None] = self._report_validation
+        source = self._loaders["validation"]
+        return [Evaluation(self._engine, source, telemetry.eval_interval, telemetry.eval_batches, report).after_step]
+
+    def _report_validation(self, record: StepRecord, loss: float, tokens: int) -> None:
+        self._say(f"step {record.step}: validation loss {loss:.4f}")
+        if self._leads:
+            self._files.validation(record.step, loss, tokens)

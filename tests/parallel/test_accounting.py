@@ -1,0 +1,115 @@
+"""What a step holds and sends equals the formulas of accounting/, byte for byte and collective for collective."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dist_llm.accounting.memory import Place, StateBytes, StepBytes, shard_count, step_bytes
+from dist_llm.accounting.traffic import Shapes, step_traffic
+from dist_llm.config.run import RunConfig
+from dist_llm.parallel.live import gradient_bytes, parameter_bytes, storage_bytes
+from dist_llm.runtime.pool import WorkerPool
+from tests.parallel.ledger import Ledger
+from tests.parallel.tiny import GPT2, build, random_batch, tiny_config
+
+
+def _place(engine: Any, config: RunConfig) -> Place:
+    mesh = engine._mesh
+    shards = shard_count(config.parallel, mesh.dp.size)
+    return Place(mesh.pp.index, mesh.shard.index if shards > 1 else 0, shards)
+
+
+def measured_and_formula(config: RunConfig) -> dict[str, tuple[object, object]]:
+    """Run two steps on this rank; return measured and predicted state bytes and traffic of the second."""
+    engine = build(config)
+    engine.train_step(random_batch(config, engine.data_slice, 0))
+    seen: dict[str, StateBytes] = {}
+
+    def observe(phase: str) -> None:
+        models = [stage.part.model for stage in engine.stages]
+        seen[phase] = StateBytes(
+            sum(parameter_bytes(model) for model in models),
+            sum(gradient_bytes(model) for model in models),
+            storage_bytes([t for slot in engine.optimizer.slots for t in (slot.exp_avg, slot.exp_avg_sq)]),
+        )
+
+    engine.observe = observe
+    with Ledger(engine._mesh) as ledger:
+        engine.train_step(random_batch(config, engine.data_slice, 1))
+    mesh = engine._mesh
+    place = _place(engine, config)
+    microbatches = config.data.global_batch // (mesh.dp.size * config.data.microbatch)
+    formula = step_bytes(config.model, config.parallel, config.precision, place, microbatches)
+    traffic = step_traffic(Shapes(config.model, config.parallel, config.precision, config.data, place, mesh.dp.size))
+    measured = StepBytes(seen["last_forward"], seen["before_update"], seen["after_update"])
+    return {
+        "state bytes": (measured, formula),
+        "collectives": (dict(ledger.counts), ledger.merged(traffic.counts)),
+        "payload bytes": (dict(ledger.bytes), ledger.merged(traffic.payload_bytes)),
+    }
+
+
+def _assert_equal(reports: list[dict[str, tuple[object, object]]]) -> None:
+    for rank, report in enumerate(reports):
+        for what, (measured, formula) in report.items():
+            assert measured == formula, f"{what} of rank {rank}"
+
+
+MEMORY_CASES = [
+    (ranks, {"zero": zero, **parallel}, model)
+    for zero in (0, 1, 2, 3)
+    for ranks, parallel, model in (
+        (2, {}, {}),
+        (3, {}, {"hidden_size": 32, "vocab_size": 50}),
+        (4, {"pipeline": 2}, {}),
+        (4, {"tensor": 2, "sequence": True}, GPT2),
+        (4, {"pipeline": 2, "virtual_pipeline": 2, "schedule": "interleaved"}, {"tie_embeddings": False}),
+    )
+]
+
+
+@pytest.mark.parametrize(("ranks", "parallel", "model"), MEMORY_CASES, ids=str)
+def test_live_bytes_and_collectives_equal_the_formulas(
+    pool: WorkerPool, ranks: int, parallel: dict[str, object], model: dict[str, object]
+) -> None:
+    batch: dict[str, object] = {"global_batch": 12} if ranks == 3 else {}
+    _assert_equal(pool.run(measured_and_formula, tiny_config(parallel, model, batch), world=ranks))
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_low_precision_keeps_fp32_masters(pool: WorkerPool, zero: int) -> None:
+    config = tiny_config({"zero": zero}, precision={"name": "bf16"})
+    _assert_equal(pool.run(measured_and_formula, config, world=2))
+
+
+MORE_TRAFFIC = [
+    (2, {"tensor": 2, "zero": 0}, {}),
+    (2, {"tensor": 2, "sequence": True, "recompute": "full"}, {}),
+    (2, {"tensor": 2, "recompute": "full"}, GPT2),
+    (4, {"zero": 2, "replicate": 2}, {}),
+    (2, {"pipeline": 2, "schedule": "gpipe", "zero": 0}, {}),
+    (8, {"tensor": 2, "sequence": True, "pipeline": 2, "zero": 1}, {}),
+]
+
+
+@pytest.mark.parametrize(("ranks", "parallel", "model"), MORE_TRAFFIC, ids=str)
+def test_more_layouts_equal_the_formulas(
+    pool: WorkerPool, ranks: int, parallel: dict[str, object], model: dict[str, object]
+) -> None:
+    _assert_equal(pool.run(measured_and_formula, tiny_config(parallel, model), world=ranks))
+
+
+def test_zero_stages_differ(pool: WorkerPool) -> None:
+    """Each stage holds less than the one before it at some point of the step."""
+    held = []
+    for zero in (0, 1, 2, 3):
+        measured: Any = pool.run(measured_and_formula, tiny_config({"zero": zero}), world=4)[0]["state bytes"][0]
+        held.append(
+            (measured.last_forward.parameters, measured.last_forward.gradients, measured.after_update.optimizer)
+        )
+    zero_0, zero_1, zero_2, zero_3 = held
+    assert zero_1[2] * 3 < zero_0[2]
+    assert zero_2[1] * 3 < zero_1[1]
+    assert zero_3[0] * 3 < zero_2[0]

@@ -1,0 +1,146 @@
+"""Every layout trains the same model as one process; broken collectives are found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dist_llm.config.run import RunConfig
+from dist_llm.runtime.pool import WorkerPool
+from tests.parallel.tiny import GPT2, build, curve, largest_gap, random_batch, tiny_config
+from tests.tolerances import FP64_FEW_STEPS, LOW_PRECISION_LOSS, VISIBLE, VISIBLE_MASK
+
+UNTIED: dict[str, object] = {"tie_embeddings": False, "qk_norm": True}
+MODELS: dict[str, dict[str, object]] = {"llama": {}, "gpt2": GPT2, "untied": UNTIED}
+LAYOUTS: list[tuple[int, dict[str, object]]] = [
+    (2, {"tensor": 2, "zero": 0}),
+    (2, {"tensor": 2, "sequence": True}),
+    (2, {"zero": 0}),
+    (4, {"zero": 1}),
+    (4, {"zero": 2}),
+    (4, {"zero": 3}),
+    (4, {"zero": 2, "replicate": 2}),
+    (2, {"pipeline": 2, "schedule": "gpipe"}),
+    (4, {"pipeline": 2, "zero": 2}),
+    (4, {"pipeline": 2, "virtual_pipeline": 2, "schedule": "interleaved", "zero": 3}),
+    (8, {"tensor": 2, "sequence": True, "pipeline": 2, "zero": 1}),
+    (8, {"tensor": 2, "sequence": True, "pipeline": 2, "zero": 3, "recompute": "full"}),
+]
+FP64: dict[str, object] = {"name": "fp64"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layouts_agree_in_fp64(pool: WorkerPool, name: str) -> None:
+    def config(parallel: dict[str, object]) -> RunConfig:
+        return tiny_config(parallel, MODELS[name], precision=FP64)
+
+    one = pool.run(curve, config({}), world=1)[0]
+    gaps = {}
+    for ranks, parallel in LAYOUTS:
+        for rank, ours in enumerate(pool.run(curve, config(parallel), world=ranks)):
+            gaps[f"{parallel} rank {rank}"] = largest_gap(ours, one)
+    assert max(gaps.values()) <= FP64_FEW_STEPS, {at: gap for at, gap in gaps.items() if gap > FP64_FEW_STEPS}
+
+
+def test_documents_are_masked_alike(pool: WorkerPool) -> None:
+    data: dict[str, object] = {"document_mask": True}
+    masked = pool.run(curve, tiny_config({}, None, data, precision=FP64), world=1)[0]
+    plain = pool.run(curve, tiny_config({}, precision=FP64), world=1)[0]
+    assert largest_gap(masked, plain) > VISIBLE_MASK
+    split: dict[str, object] = {"tensor": 2, "sequence": True, "pipeline": 2}
+    ours = pool.run(curve, tiny_config(split, None, data, precision=FP64), world=4)[3]
+    assert largest_gap(ours, masked) <= FP64_FEW_STEPS
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_low_precision_is_close_and_learns(pool: WorkerPool, name: str) -> None:
+    one = pool.run(curve, tiny_config(precision={"name": "fp32"}), world=1)[0]
+    low = pool.run(curve, tiny_config({"zero": 2}, precision={"name": name}), world=2)[0]
+    assert all(abs(a[0] - b[0]) < LOW_PRECISION_LOSS for a, b in zip(low, one, strict=True))
+
+
+def broken_curve(config: RunConfig, fault: str) -> list[tuple[float, float]]:
+    """Train with one deliberate fault in this rank's collectives."""
+    import dist_llm.engine.native as native
+    import dist_llm.parallel.collectives as collectives
+    import dist_llm.parallel.grad_norm as grad_norm
+
+    saved = (collectives.all_reduce_sum, native.reduce_in_buckets, dist.all_reduce, native.primary_square_sum)
+    try:
+        if fault == "tp all-reduce dropped":
+            collectives.all_reduce_sum = lambda x, axis: x.clone()
+        elif fault == "gradient all-reduce dropped":
+            native.reduce_in_buckets = lambda grads, axis, size: list(grads) and None  # type: ignore[assignment]
+        elif fault == "gradient scaled by ranks":
+
+            def averaged(grads: Any, axis: Any, size: int) -> None:
+                kept = list(grads)
+                saved[1](kept, axis, size)
+                for grad in kept:
+                    grad.div_(axis.size)
+
+            native.reduce_in_buckets = averaged
+        elif fault == "norm counts replicas":
+            native.primary_square_sum = lambda shards, device: sum(  # type: ignore[assignment]
+                (s.gradient().double().square().sum() for s in shards if s.gradient() is not None),
+                torch.zeros(()).double(),
+            )
+        return curve(config)
+    finally:
+        collectives.all_reduce_sum, native.reduce_in_buckets, dist.all_reduce, native.primary_square_sum = saved
+        assert grad_norm.primary_square_sum is saved[3]
+
+
+@pytest.mark.parametrize(
+    ("fault", "parallel"),
+    [
+        ("tp all-reduce dropped", {"tensor": 2, "zero": 0}),
+        ("gradient all-reduce dropped", {"zero": 0}),
+        ("gradient all-reduce dropped", {"tensor": 2, "sequence": True}),
+        ("gradient all-reduce dropped", {"pipeline": 2}),
+        ("gradient scaled by ranks", {"zero": 0}),
+        ("norm counts replicas", {"tensor": 2}),
+    ],
+)
+def test_a_broken_collective_is_found(pool: WorkerPool, fault: str, parallel: dict[str, object]) -> None:
+    one = pool.run(curve, tiny_config(precision=FP64), world=1)[0]
+    broken = pool.run(broken_curve, tiny_config(parallel, precision=FP64), fault, world=2)[0]
+    assert largest_gap(broken, one) > VISIBLE
+
+
+def test_padding_is_never_predicted(pool: WorkerPool) -> None:
+    """Rows past the vocabulary stay zero, and tokens of every rank's share are learned."""
+    for zero_rows, vocab_rows in pool.run(padding_rows, tiny_config({"tensor": 2}, {"vocab_size": 101}), world=2):
+        assert zero_rows == 0.0
+        assert vocab_rows in (56, 45)
+
+
+def padding_rows(config: RunConfig) -> tuple[float, int]:
+    """Train; return the largest weight in the padding of the token table and this rank's number of real rows."""
+    engine = build(config)
+    for step in range(3):
+        engine.train_step(random_batch(config, engine.data_slice, step))
+    table = next(shard for shard in engine.shards if shard.name == "embed.tokens.weight")
+    padding = table.tensor[table.extent[0] :]
+    return float(padding.abs().max()) if padding.numel() else 0.0, table.extent[0]
+
+
+def eval_losses(config: RunConfig) -> list[float]:
+    """Return the loss of an evaluation before, between and after training steps."""
+    engine = build(config)
+    losses = []
+    for step in range(3):
+        evaluated = engine.eval_step(random_batch(config, engine.data_slice, 100))
+        losses.append(evaluated.loss / evaluated.tokens)
+        engine.train_step(random_batch(config, engine.data_slice, step))
+    return losses
+
+
+def test_evaluation_agrees_and_changes_nothing(pool: WorkerPool) -> None:
+    one = pool.run(eval_losses, tiny_config({}, GPT2, precision=FP64), world=1)[0]
+    for ranks, parallel in ((4, {"zero": 3}), (4, {"pipeline": 2, "zero": 2}), (2, {"tensor": 2, "sequence": True})):
+        for ours in pool.run(eval_losses, tiny_config(parallel, GPT2, precision=FP64), world=ranks):
+            assert ours == pytest.approx(one, rel=FP64_FEW_STEPS)

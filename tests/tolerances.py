@@ -1,0 +1,24 @@
+"""How closely two runs of the same training must agree. All relative, over losses and gradient norms of a few steps.
+
+The promise of the design is 1e-5 in fp32 and 1e-9 in fp64 over 20 steps; a test may hold more than the promise, not less.
+"""
+
+from __future__ import annotations
+
+FP32 = 1e-5
+"""Any two layouts, or a layout and a golden curve, in fp32 over 20 steps."""
+
+FP64 = 1e-9
+"""The same in fp64."""
+
+FP64_FEW_STEPS = 1e-12
+"""Any two layouts in fp64 over the handful of steps of the parallel tests: rounding has had no time to grow."""
+
+LOW_PRECISION_LOSS = 0.02
+"""Absolute, in nats: a bf16 or fp16 loss against fp32 over a handful of steps."""
+
+VISIBLE = 1e-5
+"""What a deliberate fault has to move at the least, so that the fp32 promise would find it."""
+
+VISIBLE_MASK = 1e-4
+"""What masking attention between documents has to move at the least, so that the mask is seen to act."""

@@ -1,0 +1,175 @@
+"""Each command calls one function of a lower layer with what the user said, and answers with an exit code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_llm.cli.main import main
+from dist_llm.config.document import parse_document
+from dist_llm.errors import ExitCode
+
+
+class _Call:
+    """A function that remembers how it was called and returns what it is told to."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer, self.args, self.kwargs = answer, (), {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.args, self.kwargs = args, kwargs
+        return self.answer
+
+
+@pytest.fixture
+def replace(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Any], _Call]:
+    """Put a remembering function in place of `module.name`."""
+
+    def put(path: str, answer: Any) -> _Call:
+        call = _Call(answer)
+        monkeypatch.setattr(path, call)
+        return call
+
+    return put
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> list[str]:
+    """Return overrides that read a small corpus and cache beside it."""
+    (tmp_path / "text").mkdir()
+    for index, source in enumerate((json.__file__, argument_source())):
+        (tmp_path / "text" / f"{index}.txt").write_text(Path(source).read_text())
+    cache = f"data.cache_dir={tmp_path / 'cache'}"
+    return [f"data.path={tmp_path / 'text'}", cache, "model.vocab_size=500", "data.seq_len=64"]
+
+
+def argument_source() -> str:
+    """Return the path of a long file of code."""
+    import argparse
+
+    return argparse.__file__
+
+
+@pytest.mark.parametrize("code", [ExitCode.DONE, ExitCode.PREEMPTED])
+def test_launch_starts_the_ranks(code: ExitCode, replace: Callable[[str, Any], _Call]) -> None:
+    call = replace("dist_llm.launcher.local.launch_local", int(code))
+    assert main(["launch", "parallel=tp2", "launcher.nproc=4", "run.name=x"]) == code
+    assert call.args[0][1:] == ("-m", "dist_llm", "train", "parallel=tp2", "launcher.nproc=4", "run.name=x")
+    assert call.args[1] == 4
+
+
+@pytest.mark.parametrize("ok", [True, False])
+def test_verify_layout_compares(
+    ok: bool, replace: Callable[[str, Any], _Call], capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = {"ok": ok, "steps": 3, "layouts": [{"layout": "tp2", "loss": 1.25e-7, "ok": ok}]}
+    call = replace("dist_llm.train.verify.verify_layout", facts)
+    words = ["verify", "layout", "experiment=quickstart", "--fp64", "--steps", "3", "--layouts", "tp"]
+    assert main([*words, "--json"]) == (ExitCode.DONE if ok else ExitCode.NUMERICS)
+    assert json.loads(capsys.readouterr().out) == facts
+    assert (call.kwargs["fp64"], call.kwargs["steps"], call.kwargs["layouts"]) == (True, 3, "tp")
+    assert call.args[0].run.name == "quickstart"
+    main(words)
+    lines = capsys.readouterr().out.splitlines()
+    assert "  layout=tp2  loss=1.25e-07" in lines[-2]
+    assert lines[-1] == ("equal" if ok else "NOT EQUAL")
+
+
+def test_verify_resume_compares(replace: Callable[[str, Any], _Call]) -> None:
+    call = replace("dist_llm.train.verify_resume.verify_resume", {"ok": True, "cases": []})
+    assert main(["verify", "resume", "--steps", "4"]) == 0
+    assert call.kwargs["steps"] == 4
+
+
+def test_generate_passes_all_on(replace: Callable[[str, Any], _Call], capsys: pytest.CaptureFixture[str]) -> None:
+    call = replace("dist_llm.evaluate.generate.generate_text", "def f(): pass")
+    words = [
+        "generate",
+        "runs/x",
+        "--prompt",
+        "def",
+        "--max-tokens",
+        "5",
+        "--temperature",
+        "0",
+        "--top-k",
+        "3",
+        "--seed",
+        "9",
+    ]
+    assert main(words) == 0
+    assert capsys.readouterr().out == "def f(): pass\n"
+    assert call.args == (Path("runs/x"), "def", 5, 0.0, 3, 9)
+
+
+def test_checkpoint_verify_says_damaged(
+    tmp_path: Path, replace: Callable[[str, Any], _Call], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    call = replace("dist_llm.checkpoint.inspect.verify", ["rank-00000.safetensors: chunk 3 is damaged"])
+    assert main(["checkpoint", "verify", str(tmp_path)]) == ExitCode.BAD_DATA
+    assert "chunk 3 is damaged" in capsys.readouterr().out
+    assert call.args == (tmp_path,)
+    replace("dist_llm.checkpoint.inspect.verify", [])
+    assert main(["checkpoint", "verify", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ok"] is True
+
+
+def test_checkpoint_inspect_takes_the_newest(
+    tmp_path: Path, replace: Callable[[str, Any], _Call], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    newest = tmp_path / "checkpoints" / "step-00000020"
+    row = {"step": 20, "path": str(newest), "ranks": 2, "tensors": 3, "bytes": 2**20, "problem": None}
+    replace("dist_llm.checkpoint.inspect.list_checkpoints", [row, {**row, "step": 10, "problem": "cut short"}])
+    tensor = {"dtype": "F32", "shape": [2, 3], "bytes": 24}
+    call = replace("dist_llm.checkpoint.inspect.describe", {"step": 20, "tensors": {"model.x": tensor}})
+    assert main(["checkpoint", "inspect", str(tmp_path)]) == 0
+    assert call.args == (newest,)
+    assert "model.x  F32 [2, 3]" in capsys.readouterr().out
+    assert main(["checkpoint", "list", str(tmp_path)]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert "step 20  3 tensors  1.00 MiB  written by 2 ranks" in listed[0]
+    assert "damaged: cut short" in listed[1]
+
+
+def test_train_hands_over_the_resolved_config(
+    replace: Callable[[str, Any], _Call], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, {"RANK": "3", "LOCAL_RANK": "3"}.get(name, "4"))
+    outcome = type("Outcome", (), {"trained_to_end": True, "code": ExitCode.PREEMPTED})()
+    call = replace("dist_llm.train.setup.run", outcome)
+    assert main(["train", "experiment=quickstart", "run.dir=/tmp/a b"]) == ExitCode.PREEMPTED
+    config, text, ranks = call.args
+    assert (ranks.rank, ranks.world_size) == (3, 4)
+    assert parse_document(text, "test")["run"] == config.run.model_dump()
+
+
+def test_data_commands(corpus: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "prepare", "--json", *corpus]) == 0
+    prepared = json.loads(capsys.readouterr().out)
+    assert prepared["num_documents"] == 2
+    assert main(["data", "tokenizer", "--json", "--text", "def f(x): é", *corpus]) == 0
+    tokenizer = json.loads(capsys.readouterr().out)
+    assert tokenizer["vocab_size"] == 500
+    assert len(tokenizer["tokens"]) == len(tokenizer["pieces"])
+    assert main(["data", "inspect", "--json", "--document", "1", *corpus]) == 0
+    assert json.loads(capsys.readouterr().out)["text"].startswith(Path(argument_source()).read_text()[:20])
+    assert main(["data", "inspect", "--document", "2", *corpus]) == ExitCode.CONFIG
+    assert main(["data", "verify", *corpus]) == 0
+    assert main(["data", "verify", "--prefix", prepared["prefix"], "--vocab-size", "20"]) == ExitCode.BAD_DATA
+    assert "outside model.vocab_size=20" in capsys.readouterr().out
+    assert main(["data", "tokenizer", "--output", str(tmp_path / "new.model"), *corpus]) == 0
+    assert (tmp_path / "new.model").stat().st_size > 1000
+
+
+def test_data_errors_have_their_codes(corpus: list[str], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert main(["data", "prepare", *corpus, f"data.path={tmp_path / 'empty'}"]) == ExitCode.BAD_DATA
+    assert main(["data", "prepare", *corpus, f"data.path={tmp_path / 'missing'}"]) == ExitCode.IO
+    assert main(["data", "prepare", *corpus, "model.vocab_size=90000"]) == ExitCode.CONFIG
