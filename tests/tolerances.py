@@ -1,6 +1,6 @@
-"""How closely two runs of the same training must agree. All relative, over losses and gradient norms of a few steps.
+"""How closely two runs of the same training must agree: relative, over the loss and gradient norm of every step.
 
-The promise of the design is 1e-5 in fp32 and 1e-9 in fp64 over 20 steps; a test may hold more than the promise, not less.
+The promise is 1e-5 in fp32 and 1e-9 in fp64 over 20 steps; a test may hold more than the promise, not less.
 """
 
 from __future__ import annotations

@@ -28,9 +28,21 @@ def main(arguments: argparse.Namespace) -> Answer:
     plan = plan_launch(worker_argv(_worker_words(arguments)), config.launcher, config.parallel)
     if arguments.dry_run:
         return Answer(str(plan), plan.as_json())
+    done = _finished_step(config)
+    if done is not None:
+        where = f"step {done} of {config.run.steps}, see {config.run.folder}"
+        return Answer(f"run {config.run.name} is done: {where}")
     from dist_llm.launcher.local import launch_local
 
     return Answer(code=launch_local(plan.argv, config.launcher.nproc, debug=arguments.debug))
+
+
+def _finished_step(config: RunConfig) -> int | None:
+    """Return the step at which this very run has ended, None when there is something to do. Saves starting the ranks."""
+    from dist_llm.config.document import render_document
+    from dist_llm.telemetry.records import finished_step
+
+    return None if config.run.resume == "never" else finished_step(config.run.folder, render_document(config))
 
 
 def _checked(arguments: argparse.Namespace) -> RunConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -22,6 +23,11 @@ class RunSection(Section):
     seed: int = Field(0, ge=0, lt=2**63)
     resume: Literal["auto", "must", "never"] = "auto"
     deterministic: bool = True
+
+    @property
+    def folder(self) -> Path:
+        """Where the run's files go."""
+        return Path(self.dir).expanduser() / self.name
 
 
 class CheckpointConfig(Section):

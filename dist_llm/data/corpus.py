@@ -2,7 +2,7 @@
 
     path -> find_corpus -> Corpus (files in one fixed order) -> read_documents -> str, str, ...
 
-A file is a document; of a longer one each 16 MiB, cut at a line end, is one, and in JSONL each line `{"text": ...}`.
+A file is a document; of a longer one each 8 MiB, cut at a line end, is one, and in JSONL each line `{"text": ...}`.
 In a folder, hidden names, symbolic links and files that are not UTF-8 text are passed over and counted.
 Invariant: same files, same documents in the same order, unchanged to the last byte; memory is bounded by one section.
 """
@@ -23,8 +23,8 @@ from dist_llm.errors import DataError, StorageError
 
 MIB = 1 << 20
 STDLIB = "stdlib"
-SECTION_BYTES = 16 * MIB
-MAX_LINE_BYTES = 64 * MIB
+SECTION_BYTES = 8 * MIB
+MAX_LINE_BYTES = 16 * MIB
 _BINARY_PROBE_BYTES = 8192
 
 # Third-party packages, tests, tables of character codes, and files that describe the machine Python was built on.

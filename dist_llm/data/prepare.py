@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from dist_llm.config.inputs import DataConfig, TokenizerConfig
 from dist_llm.data.cache import Report, build_once
 from dist_llm.data.corpus import MIB, STDLIB, Corpus, find_corpus, read_documents
@@ -60,7 +62,7 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, vocab_size: int, repor
 def prepare_tokenizer(
     data: DataConfig, tokenizer: TokenizerConfig, vocab_size: int, output: Path, report: Report
 ) -> Tokenizer:
-    """Train a tokenizer on data.path and write it to `output`, a new file. Raises as `prepare` does."""
+    """Train a tokenizer on the text of data.path and write it to `output`, a new file. Raises as `prepare` does."""
     recipe = _Recipe(find_corpus(data.path), data, tokenizer, vocab_size)
     _train(output, recipe, _survey(recipe, report), report)
     return Tokenizer.load(output)
@@ -237,7 +239,7 @@ def _encode(recipe: _Recipe, survey: _Survey, tokenizer: Tokenizer, writer: Inde
     num_threads, num_bytes = usable_cores(), 0
     for texts in _batches(recipe.documents()):
         for ids in tokenizer.encode_batch(texts, num_threads):
-            writer.add([*ids, tokenizer.eos_id])
+            writer.add(np.append(ids, tokenizer.eos_id))
         num_bytes += sum(len(text.encode()) for text in texts)
         progress.at(num_bytes)
 

@@ -13,10 +13,11 @@ import io
 import os
 import re
 from collections.abc import Iterable, Iterator
-from itertools import chain, pairwise
-from operator import add
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from dist_llm.config.inputs import TokenizerConfig
@@ -24,11 +25,14 @@ from dist_llm.data.corpus import MIB
 from dist_llm.data.files import display, open_regular, storage_errors, write_synced
 from dist_llm.errors import ConfigError, DataError, Violation
 
+Int32Array = NDArray[np.int32]
+
 UNKNOWN_ID, EOS_ID = 0, 1
 MAX_MODEL_BYTES = 256 * MIB
 _SPACE_MARK = "\u2581"
 _TRAIN_CHARACTERS = 1024
 _ENCODE_CHARACTERS = 1 << 16
+_ENCODE_PARTS = 64
 _TOO_MANY = re.compile(r"Vocabulary size too high .* value <= (\d+)")
 _TOO_FEW = re.compile(r"Vocabulary size is smaller than required_chars\. \d+ vs (\d+)")
 
@@ -91,8 +95,7 @@ def _spread(documents: Iterable[str], share: float) -> Iterator[str]:
     """Yield that share of the documents' parts, evenly spaced, so that every region of the corpus is heard."""
     taken = seen = 0
     for document in documents:
-        # sentencepiece reads NUL as the end of a line; byte fallback spells it.
-        for part in cut_at_lines(document.replace("\0", ""), _TRAIN_CHARACTERS):
+        for part in cut_at_lines(document, _TRAIN_CHARACTERS):
             seen += 1
             if taken < seen * share:
                 taken += 1
@@ -136,10 +139,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`, without end-of-document."""
-        return self.encode_batch([text])[0]
+        return [int(token) for token in self.encode_batch([text])[0]]
 
-    def encode_batch(self, texts: list[str], num_threads: int = 1) -> list[list[int]]:
-        """Return the token ids of each text; long ones are encoded in parts, on `num_threads` cores."""
+    def encode_batch(self, texts: list[str], num_threads: int = 1) -> list[Int32Array]:
+        """Return the token ids of each text, [length]; long ones are encoded in parts, on `num_threads` cores."""
         parts: list[str] = []
         marks: list[list[int]] = []
         ends: list[int] = []
@@ -150,11 +153,13 @@ class Tokenizer:
                 marks += [self._mark_ids if index else [], *([] for _ in pieces[1:])]
                 parts += pieces
             ends.append(len(parts))
-        encoded = self._processor.encode(parts, num_threads=num_threads)
-        joined = []
-        for start, end in pairwise([0, *ends]):
-            joined.append(list(chain.from_iterable(map(add, marks[start:end], encoded[start:end]))))
-        return joined
+        encoded: list[Int32Array] = []
+        # Lists of ids take ten times the memory of arrays, so few of them live at a time.
+        for start in range(0, len(parts), _ENCODE_PARTS):
+            group = slice(start, start + _ENCODE_PARTS)
+            ids = self._processor.encode(parts[group], num_threads=num_threads)
+            encoded += [np.array(mark + part, np.int32) for mark, part in zip(marks[group], ids, strict=True)]
+        return [np.concatenate(encoded[start:end]) for start, end in pairwise([0, *ends])]
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of token ids; control tokens give none. Raises DataError on an id outside the vocabulary."""

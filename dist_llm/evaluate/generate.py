@@ -5,25 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
 from dist_llm.checkpoint.load import find_latest, load
 from dist_llm.config.decode import decode
+from dist_llm.config.document import read_document
 from dist_llm.config.run import RunConfig
 from dist_llm.data.tokenizer import Tokenizer
-from dist_llm.errors import CheckpointError, StorageError
+from dist_llm.errors import CheckpointError
 from dist_llm.models.transformer import Transformer
 from dist_llm.types import TensorShard, TrainState
 
 
 def read_run(run_dir: Path) -> RunConfig:
     """Return the config that a run folder holds; StorageError when it cannot be read."""
-    try:
-        text = (run_dir / "config.yaml").read_text(encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"cannot read the config of the run {run_dir}: {error.strerror}") from error
-    return decode(yaml.safe_load(text))
+    return decode(read_document(run_dir / "config.yaml"))
 
 
 def load_model(run_dir: Path) -> Transformer:

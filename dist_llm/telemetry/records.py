@@ -93,6 +93,22 @@ class RunFiles:
         self.close()
 
 
+def finished_step(run_dir: Path, config_text: str) -> int | None:
+    """Return the last step of a run of exactly this config that ended well and kept its checkpoint, else None."""
+    try:
+        same = (run_dir / CONFIG_FILE).read_text(encoding="utf-8") == config_text
+        events = read_lines(run_dir / EVENTS_FILE)
+    except (OSError, UnicodeDecodeError, StorageError):
+        return None
+    stops = [event for event in events if event.get("kind") in ("start", "resume", "stop")]
+    if not same or not stops or stops[-1].get("code") != 0:
+        return None
+    step = stops[-1].get("step")
+    if not isinstance(step, int) or not (run_dir / "checkpoints" / f"step-{step:08d}").is_dir():
+        return None
+    return step
+
+
 def write_sample(run_dir: Path, text: str) -> None:
     """Put generated text into sample.txt, whole or not at all."""
     write_whole(run_dir / SAMPLE_FILE, text)

@@ -67,7 +67,7 @@ def variant_model(model: ModelConfig, variant: str) -> ModelConfig:
     return ModelConfig.model_validate({**model.model_dump(), **changes})
 
 
-def case_config(config: RunConfig, case: Case, steps: int, precision: str) -> RunConfig:
+def case_config(config: RunConfig, case: Case, precision: str) -> RunConfig:
     """Return the run of a case: the given one with the variant's model, the case's layout and its microbatch."""
     tree = config.model_dump()
     data = int(str(case.parallel.get("data", 1)))
@@ -76,7 +76,6 @@ def case_config(config: RunConfig, case: Case, steps: int, precision: str) -> Ru
     tree["parallel"] = {"zero": 1, **case.parallel, "data": data}
     tree["data"]["microbatch"] = max(1, config.data.global_batch // (data * case.accumulation))
     tree["precision"] = {"name": precision}
-    tree["run"]["steps"] = steps
     tree["launcher"]["nproc"] = case.ranks
     return RunConfig.model_validate(tree)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -66,11 +65,6 @@ def run(config: RunConfig, config_yaml: str, ranks: RankInfo) -> Outcome:
         stop_process()
 
 
-def run_directory(config: RunConfig) -> Path:
-    """Return the folder of the run's files: `<run.dir>/<run.name>`."""
-    return Path(config.run.dir).expanduser() / config.run.name
-
-
 def _silent(message: str) -> None:
     """Say nothing: rank 0 speaks for all."""
 
@@ -89,7 +83,7 @@ class _Run:
         self._config, self._control, self._device = config, control, device
         self._channel = connect(control)
         self._leads = dist.get_rank() == 0
-        self._dir = run_directory(config)
+        self._dir = config.run.folder
         lead(self._channel, lambda: self._claim(config_yaml, prepared))
         mesh = build_mesh(config.parallel, device)
         self._engine = build_engine(config, mesh)

@@ -46,13 +46,13 @@ class Trace:
     key_bias_share: float = 0.0
 
 
-def train_case(config: RunConfig, prefix: Path, eos_id: int) -> Trace:
-    """Train the configured steps in the current process group and return this rank's trace."""
+def train_case(config: RunConfig, prefix: Path, eos_id: int, steps: int) -> Trace:
+    """Train the first `steps` steps in the current process group and return this rank's trace."""
     engine = NativeEngine(config, build_mesh(config.parallel, torch.device("cpu")))
     loader = TokenLoader(
         IndexedDataset(prefix), config.data, config.run.seed, engine.data_slice, eos_id, config.model.vocab_size
     )
-    results = [engine.train_step(loader.batch(step)) for step in range(config.run.steps)]
+    results = [engine.train_step(loader.batch(step)) for step in range(steps)]
     trace = Trace([r.loss for r in results], [r.grad_norm for r in results])
     unit = results[-1].tokens / (config.data.global_batch * config.data.seq_len)
     for shard in engine.shards:
@@ -125,7 +125,7 @@ def verify_layout(
     layouts: str = "all",
     steps: int = 20,
     report: Callable[[str], None] = lambda message: None,
-    train: Callable[[RunConfig, Path, int], Trace] = train_case,
+    train: Callable[[RunConfig, Path, int, int], Trace] = train_case,
 ) -> dict[str, object]:
     """Train `steps` steps in one process and in every legal case, and return the differences as JSON-able facts.
 
@@ -141,11 +141,11 @@ def verify_layout(
     with WorkerPool(max((case.ranks for case in chosen), default=1), timeout_seconds=300.0) as pool:
 
         def run(case: Case) -> list[Trace]:
-            run_config = case_config(config, case, steps, precision)
-            return pool.run(train, run_config, prepared.prefix, eos_id, world=case.ranks)
+            run_config = case_config(config, case, precision)
+            return pool.run(train, run_config, prepared.prefix, eos_id, steps, world=case.ranks)
 
         for case in chosen:
-            violations = check(case_config(config, case, steps, precision), case.ranks)
+            violations = check(case_config(config, case, precision), case.ranks)
             if violations:
                 refused[case.name] = "; ".join(str(violation) for violation in violations)
                 continue

@@ -64,8 +64,9 @@ def test_long_texts_are_encoded_in_parts_and_batches_agree_with_single_texts(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokenizer_module, "_ENCODE_CHARACTERS", 50)
+    monkeypatch.setattr(tokenizer_module, "_ENCODE_PARTS", 7)
     texts = ["", "▁", "x" * 160 + "▁\n▁", *DOCUMENTS]
-    batch = tokenizer.encode_batch(texts, num_threads=2)
+    batch = [ids.tolist() for ids in tokenizer.encode_batch(texts, num_threads=2)]
     assert batch == [tokenizer.encode(text) for text in texts]
     assert [tokenizer.decode(ids) for ids in batch] == texts
 

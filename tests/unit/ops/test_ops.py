@@ -23,7 +23,8 @@ def test_draws_have_the_right_distribution() -> None:
     counters = torch.arange(200_000)
     flat, bell = uniform(counters, key_of("u")), normal(counters, key_of("n"))
     assert abs(flat.mean().item() - 0.5) < 3e-3
-    assert flat.min() > 0 and flat.max() < 1
+    assert flat.min() > 0
+    assert flat.max() < 1
     assert abs(bell.mean().item()) < 7e-3
     assert abs(bell.std().item() - 1) < 5e-3
     within = (bell.abs() < 1).double().mean().item()
