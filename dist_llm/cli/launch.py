@@ -38,7 +38,7 @@ def main(arguments: argparse.Namespace) -> Answer:
 
 
 def _finished_step(config: RunConfig) -> int | None:
-    """Return the step at which this very run has ended, None when there is something to do. Saves starting the ranks."""
+    """Return the step at which this very run has ended, or None when ranks have something to do."""
     from dist_llm.config.document import render_document
     from dist_llm.telemetry.records import finished_step
 

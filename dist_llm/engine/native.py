@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -91,6 +91,7 @@ class NativeEngine:
         """
         for shard in self.shards:
             shard.parameter.grad = None
+        batch = self._on_device(batch)
         loss = self._runner.forward_backward(batch)
         self._finish_gradients()
         self.observe("before_update")
@@ -107,6 +108,7 @@ class NativeEngine:
 
     def eval_step(self, batch: Batch) -> LossSum:
         """Return the loss sum of one global batch. Issues the forward's collectives and one over the world."""
+        batch = self._on_device(batch)
         for stage in self.stages:
             stage.part.model.eval()
         loss = self._runner.forward(batch)
@@ -114,6 +116,17 @@ class NativeEngine:
             stage.part.model.train()
         totals = self._totals(loss, batch, torch.zeros((), dtype=torch.float64, device=self._mesh.device))
         return LossSum(totals.loss * totals.tokens, totals.tokens)
+
+    def _on_device(self, batch: Batch) -> Batch:
+        """Return the batch with its tensors on the mesh's device; the same tensors when they are there already."""
+        device = self._mesh.device
+        return replace(
+            batch,
+            tokens=batch.tokens.to(device, non_blocking=True),
+            targets=batch.targets.to(device, non_blocking=True),
+            samples=batch.samples.to(device, non_blocking=True),
+            documents=None if batch.documents is None else batch.documents.to(device, non_blocking=True),
+        )
 
     def _finish_gradients(self) -> None:
         """Complete what no backward did: replicas (zero), partial sums (tp), the two tied copies (ends).

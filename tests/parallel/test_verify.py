@@ -1,4 +1,4 @@
-"""`verify layout` and `verify resume` say equal where it is, and red where a collective is broken or a state is lost."""
+"""`verify layout` and `verify resume`: equal where it is, red where a collective is broken or a state is lost."""
 
 from __future__ import annotations
 
