@@ -88,15 +88,6 @@ def rope_bands_are_ordered(config: RunConfig, world_size: int | None) -> Iterato
         yield Broken("model.rope.beta_slow", words, (rope.beta_fast / 32,))
 
 
-@reads("schedule.warmup_steps", "run.steps")
-def warmup_ends_within_run(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
-    """`schedule.warmup_steps` is at most `run.steps` (a run of 0 steps takes none)."""
-    steps = config.run.steps
-    if steps and config.schedule.warmup_steps > steps:
-        near = tuple(sorted({0, steps // 20, steps // 10, steps}))
-        yield Broken("schedule.warmup_steps", f"must not exceed run.steps={steps}", near)
-
-
 @reads("schedule.name", "schedule.warmup_steps", "schedule.decay_steps", "run.steps")
 def decay_ends_within_run(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
     """Under `schedule.name=wsd`, warm-up and decay (`schedule.decay_steps`) together fit into `run.steps`."""
@@ -165,7 +156,6 @@ SECTION_RULES: tuple[Rule, ...] = (
     scaling_needs_rope,
     factor_needs_scaling,
     rope_bands_are_ordered,
-    warmup_ends_within_run,
     decay_ends_within_run,
     evaluation_has_data,
     wandb_is_installed,

@@ -29,6 +29,7 @@ from dist_llm.telemetry.live import LiveLine
 from dist_llm.telemetry.meters import Meter
 from dist_llm.telemetry.records import EventKind, RunFiles
 from dist_llm.telemetry.tensorboard import TensorBoard
+from dist_llm.telemetry.wandb import WandB
 from dist_llm.train.checkpoints import Checkpoints
 from dist_llm.train.evaluation import Evaluation
 from dist_llm.train.identity import identity_of, layout_of
@@ -192,6 +193,10 @@ class _Run:
             board = TensorBoard(self._dir, done + 1)
             self._closers.append(board.close)
             hooks.append(board)
+        if self._config.telemetry.wandb:
+            tracker = WandB(self._dir, self._config.model_dump(mode="json"))
+            self._closers.append(tracker.close)
+            hooks.append(tracker)
         return hooks
 
     def _close_hooks(self) -> None:

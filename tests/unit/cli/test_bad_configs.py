@@ -101,7 +101,6 @@ BAD: list[tuple[str | list[str], list[str]]] = [
     ("parallel={tensor:2}", ["is not one of the", "presets of parallel"]),
     ("model.rope={thetta:2}", ["model.rope.thetta=2 is not a setting: did you mean model.rope.theta?"]),
     ("model.rope.factor=2", ["model.rope.factor=2.0 has no effect under model.rope.scaling=none; use 1"]),
-    ("schedule.warmup_steps=500", ["schedule.warmup_steps=500 must not exceed run.steps=100"]),
     ("telemetry.eval_interval=5", ["telemetry.eval_interval=5 needs data.validation_fraction above 0"]),
     ("checkpoint.asynchronous=true", ["checkpoint.asynchronous=true is not part of this version; use false"]),
     ("checkpoint.keep=0", ["checkpoint.keep=0 must be at least 1; use 1"]),

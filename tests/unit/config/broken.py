@@ -195,12 +195,6 @@ BROKEN: list[tuple[str, dict[str, object], int | None, str]] = [
         "model.rope.beta_slow=64.0 must be below model.rope.beta_fast=32.0; use 1.0",
     ),
     (
-        "warmup_ends_within_run",
-        {"run__steps": 5},
-        None,
-        "schedule.warmup_steps=10 must not exceed run.steps=5; use 0 or 5",
-    ),
-    (
         "decay_ends_within_run",
         {"schedule__name": "wsd", "schedule__decay_steps": 95},
         None,
