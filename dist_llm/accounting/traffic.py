@@ -107,7 +107,7 @@ def _add_zero(ledger: _Ledger, shapes: Shapes, stage: StagePlan) -> None:
             ledger.add("shard", "all_gather", gathers, padded * shards * compute)
             ledger.add("shard", "reduce_scatter", reduces, padded * shards * shapes.master_bytes)
         if replicas > 1:
-            ledger.add("replicate", "all_reduce", reduces, padded * shapes.master_bytes)
+            ledger.add("replicate", "all_reduce", 1, padded * shapes.master_bytes)
 
 
 def _bucket_payloads(sizes: list[int], bucket_bytes: int) -> list[int]:

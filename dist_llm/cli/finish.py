@@ -25,3 +25,13 @@ def write_keepsakes(run_dir: Path, telemetry: TelemetryConfig) -> None:
         write_sample(run_dir, text)
         log.info("a sample from the model (%s):\n%s", run_dir / "sample.txt", text)
     log.info("report: %s", write_report(run_dir))
+
+
+def try_keepsakes(run_dir: Path, telemetry: TelemetryConfig) -> None:
+    """Write the keepsakes of a finished run; the run is safe on disk, so a failure here is a warning and no more."""
+    from dist_llm.runtime.log import get_logger
+
+    try:
+        write_keepsakes(run_dir, telemetry)
+    except Exception as error:
+        get_logger(__name__).warning("the run is done and saved, but its picture or sample failed: %s", error)

@@ -44,14 +44,14 @@ def main(arguments: argparse.Namespace) -> Answer:
 
 def _train(config_text: str, config: RunConfig, ranks: RankInfo, debug: bool) -> int:
     """Load the trainer (and torch with it) and run it."""
-    from dist_llm.cli.finish import write_keepsakes
+    from dist_llm.cli.finish import try_keepsakes
     from dist_llm.runtime.log import configure_logging
     from dist_llm.train.setup import run
 
     configure_logging(ranks.rank, debug)
     outcome = run(config, config_text, ranks)
     if outcome.trained_to_end and ranks.rank == 0:
-        write_keepsakes(config.run.folder, config.telemetry)
+        try_keepsakes(config.run.folder, config.telemetry)
     return int(outcome.code)
 
 

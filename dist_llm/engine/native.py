@@ -8,7 +8,7 @@ clip coefficient are one divisor inside the optimizer, so no pass over the gradi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -142,8 +142,8 @@ class NativeEngine:
             reduce_in_buckets(self._gradients(self._tied), mesh.ends, bucket)
 
     @staticmethod
-    def _gradients(shards: object) -> list[Tensor]:
-        grads = [shard.gradient() for shard in shards]  # type: ignore[attr-defined]
+    def _gradients(shards: Iterable[LocalShard]) -> list[Tensor]:
+        grads = [shard.gradient() for shard in shards]
         return [grad for grad in grads if grad is not None]
 
     def _totals(self, loss: Tensor, batch: Batch, square_sum: Tensor) -> Totals:
@@ -170,18 +170,21 @@ class NativeEngine:
         facts: dict[str, object] = {
             "step": self._step,
             "optimizer_updates": self.optimizer.num_updates,
+            "compute": self._config.precision.compute,
             "loss_scale": self._scale.value,
             "loss_scale_good_steps": self._scale.good_steps,
         }
         return TrainState(tuple(tensors), facts)
 
     def restore(self, facts: dict[str, object]) -> None:
-        """Take over step, update count and loss scale of a checkpoint."""
+        """Take over step and update count of a checkpoint, and its loss scale where both sides use one."""
         self._step = int(facts["step"])  # type: ignore[call-overload]
         self.optimizer.num_updates = int(facts["optimizer_updates"])  # type: ignore[call-overload]
-        self._scale.value = float(facts["loss_scale"])  # type: ignore[arg-type]
-        self._scale.good_steps = int(facts["loss_scale_good_steps"])  # type: ignore[call-overload]
+        if self._config.precision.compute == "fp16" and facts["compute"] == "fp16":
+            self._scale.value = float(facts["loss_scale"])  # type: ignore[arg-type]
+            self._scale.good_steps = int(facts["loss_scale_good_steps"])  # type: ignore[call-overload]
 
     def close(self) -> None:
         """Drop the model so that its memory can be used again."""
-        self.stages, self.shards = [], []
+        self.stages, self.shards, self._tied = [], [], []
+        del self._runner, self.optimizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -20,32 +21,34 @@ def storage_bytes(tensors: Iterable[Tensor | None]) -> int:
     return sum(storages.values())
 
 
-def _fsdp_params(model: nn.Module) -> list[object]:
-    """Return FSDP2's parameter records; it has no public way to see gathered copies and unreduced gradients."""
-    groups = [
+def _fsdp_groups(model: nn.Module) -> list[Any]:
+    """Return FSDP2's records of its units; it has no public way to see gathered copies and unreduced gradients."""
+    return [
         group
         for module in model.modules()
         if isinstance(module, FSDPModule)
         for group in module._get_fsdp_state()._fsdp_param_groups
     ]
-    return [record for group in groups for record in group.fsdp_params]
 
 
 def parameter_bytes(model: nn.Module) -> int:
     """Return the bytes of stored parameters and of their gathered copies."""
     held: list[Tensor | None] = list(model.parameters())
-    for record in _fsdp_params(model):
-        held.append(record.sharded_param)  # type: ignore[attr-defined]
-        held.extend(getattr(record, "all_gather_outputs", []))
+    for group in _fsdp_groups(model):
+        for record in group.fsdp_params:
+            held.append(record.sharded_param)
+            held.extend(getattr(record, "all_gather_outputs", []))
     return storage_bytes(held)
 
 
 def gradient_bytes(model: nn.Module) -> int:
     """Return the bytes of gradients, reduced or waiting to be."""
     held: list[Tensor | None] = [parameter.grad for parameter in model.parameters()]
-    for record in _fsdp_params(model):
-        held.append(record.sharded_param.grad)  # type: ignore[attr-defined]
-        held.append(getattr(record, "unsharded_accumulated_grad", None))
-        unsharded = getattr(record, "_unsharded_param", None)
-        held.append(None if unsharded is None else unsharded.grad)
+    for group in _fsdp_groups(model):
+        held.append(getattr(group, "_partial_reduce_output", None))
+        for record in group.fsdp_params:
+            held.append(record.sharded_param.grad)
+            held.append(getattr(record, "unsharded_accumulated_grad", None))
+            unsharded = getattr(record, "_unsharded_param", None)
+            held.append(None if unsharded is None else unsharded.grad)
     return storage_bytes(held)

@@ -199,7 +199,7 @@ class Scheduled:
         args = (batch.tokens,) if self._first else ()
         losses: list[Tensor] = []
         target = {"target": batch.targets, "losses": losses} if self._last else {}
-        step(*args, **target, **_extras(batch))
+        step(*args, **target, return_outputs=False, **_extras(batch))
         if not losses:
             return torch.zeros((), device=self._device)
         return torch.stack([loss.detach() for loss in losses]).sum()

@@ -52,6 +52,7 @@ def set_backward_traffic(model: nn.Module, stage: int, last: bool) -> None:
     """Say before a backward whether it reduces gradients and frees parameters, by stage and microbatch."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last or stage >= 2)
+        model.set_requires_all_reduce(last)
         model.set_reshard_after_backward(last or stage == 3)
 
 

@@ -13,6 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from dist_llm.config.parallel import ParallelConfig
 
@@ -49,14 +50,14 @@ def _axis(mesh: DeviceMesh, name: str) -> Axis:
     return Axis(name, group, mesh.get_local_rank(name), group.size())
 
 
-def _ends_axis(ranks: torch.Tensor) -> Axis | None:
+def _ends_axis(ranks: torch.Tensor, timeout: timedelta) -> Axis | None:
     """Create the group of first and last pipeline rank for every (dp, cp, tp); every rank takes part in each."""
     if ranks.shape[0] == 1:
         return None
     mine: Axis | None = None
     pairs = torch.stack((ranks[0].flatten(), ranks[-1].flatten()), dim=1).tolist()
     for pair in pairs:
-        group = dist.new_group(pair)
+        group = dist.new_group(pair, timeout=timeout)
         if dist.get_rank() in pair:
             mine = Axis("ends", group, pair.index(dist.get_rank()), 2)
     return mine
@@ -68,13 +69,15 @@ def build_control_group(timeout_seconds: float) -> dist.ProcessGroup:
     return group
 
 
-def build_mesh(parallel: ParallelConfig, device: torch.device) -> Mesh:
+def build_mesh(parallel: ParallelConfig, device: torch.device, timeout_seconds: float = 600.0) -> Mesh:
     """Create the process groups of the layout.
 
     Collective over the world: every rank creates every group. The world's size must be tensor * pipeline * context *
-    data, which the config check has established; the data size is derived here.
+    data, which the config check has established; the data size is derived here. A collective that takes longer than the
+    timeout fails.
     """
     world = dist.get_world_size()
+    timeout = timedelta(seconds=timeout_seconds)
     data = world // parallel.model_ranks
     shape = (parallel.pipeline, data, parallel.context, parallel.tensor)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp", "cp", "tp"))
@@ -85,6 +88,10 @@ def build_mesh(parallel: ParallelConfig, device: torch.device) -> Mesh:
     whole = init_device_mesh(
         device.type, (parallel.pipeline, replicas, parallel.tensor), mesh_dim_names=("p", "zero", "t")
     )
+    for folding in (mesh, folded, whole):
+        for group in folding.get_all_groups():
+            # DeviceMesh has no timeout of its own; torch's defaults are 30 minutes (gloo) and 10 (NCCL).
+            _set_pg_timeout(timeout, group)
     return Mesh(
         device=device,
         pp=_axis(mesh, "pp"),
@@ -95,6 +102,6 @@ def build_mesh(parallel: ParallelConfig, device: torch.device) -> Mesh:
         replicate=_axis(folded, "replicate"),
         shard=_axis(folded, "shard"),
         world=Axis("world", dist.group.WORLD, dist.get_rank(), world),  # type: ignore[arg-type]
-        ends=_ends_axis(torch.arange(world).view(shape)),
+        ends=_ends_axis(torch.arange(world).view(shape), timeout),
         zero_mesh=folded["replicate", "shard"] if replicate > 1 else folded["shard"],
     )

@@ -31,7 +31,9 @@ class Checkpoints:
     group: dist.ProcessGroup
     identity: dict[str, object]
     layout: dict[str, object]
+    recipe: dict[str, object]
     report: Callable[[int], None]
+    warn: Callable[[str], None]
     saved_step: int = field(default=-1)
 
     def _state(self, tokens: int, with_rng: bool) -> TrainState:
@@ -41,7 +43,13 @@ class Checkpoints:
             for name, value in generator_state().items():
                 key = f"rng.{name}.rank-{dist.get_rank()}"
                 tensors.append(TensorShard(key, tuple(value.shape), (0,) * value.dim(), value, True))
-        facts = {**state.facts, "tokens": tokens, "identity": self.identity, "layout": self.layout}
+        facts = {
+            **state.facts,
+            "tokens": tokens,
+            "identity": self.identity,
+            "layout": self.layout,
+            "recipe": self.recipe,
+        }
         return TrainState(tuple(tensors), facts)
 
     def after_step(self, record: StepRecord) -> None:
@@ -70,6 +78,7 @@ class Checkpoints:
             return 0, 0
         saved = read_manifest(path)[0].facts
         check_identity(_mapping(saved.get("identity")), self.identity)
+        self._say_changes(_mapping(saved.get("recipe")))
         same_layout = saved.get("layout") == self.layout
         state = self._state(0, with_rng=same_layout)
         facts = load(path, state, self.group, partial=not same_layout)
@@ -81,6 +90,12 @@ class Checkpoints:
         step, tokens = int(str(facts["step"])), int(str(facts["tokens"]))
         self.saved_step = step
         return step, tokens
+
+    def _say_changes(self, before: dict[str, object]) -> None:
+        changed = [key for key, value in self.recipe.items() if before.get(key) != value]
+        if changed:
+            words = ", ".join(f"{key} {before.get(key)} -> {self.recipe[key]}" for key in changed)
+            self.warn(f"resuming with another recipe, later steps will differ: {words}")
 
 
 def _mapping(value: object) -> dict[str, object]:

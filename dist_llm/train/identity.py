@@ -20,8 +20,18 @@ def identity_of(config: RunConfig, tokenizer_sha256: str, data_fingerprint: str)
     return facts
 
 
-def layout_of(config: RunConfig, world_size: int) -> dict[str, object]:
-    """Return the JSON-able facts under which a resume is bit-equal: the layout and everything that orders additions."""
+def recipe_of(config: RunConfig) -> dict[str, object]:
+    """Return the JSON-able settings that change later steps but not what the checkpoint means; a change is said."""
+    return {
+        "run.steps": config.run.steps,
+        **{f"optimizer.{key}": value for key, value in config.optimizer.model_dump(mode="json").items()},
+        **{f"schedule.{key}": value for key, value in config.schedule.model_dump(mode="json").items()},
+    }
+
+
+def layout_of(config: RunConfig, world_size: int, device: str) -> dict[str, object]:
+    """Return the JSON-able facts under which a resume is bit-equal: layout, device, formats, what orders additions."""
     facts: dict[str, object] = dict(config.parallel.model_dump(mode="json"))
     facts.update(world_size=world_size, microbatch=config.data.microbatch, engine=config.engine.name)
+    facts.update(device=device, compute=config.precision.compute, deterministic=config.run.deterministic)
     return facts

@@ -32,7 +32,7 @@ from dist_llm.telemetry.tensorboard import TensorBoard
 from dist_llm.telemetry.wandb import WandB
 from dist_llm.train.checkpoints import Checkpoints
 from dist_llm.train.evaluation import Evaluation
-from dist_llm.train.identity import identity_of, layout_of
+from dist_llm.train.identity import identity_of, layout_of, recipe_of
 from dist_llm.train.interrupt import Interruption
 from dist_llm.train.lock import lock_run
 from dist_llm.train.loop import Hook, Span, loop
@@ -59,7 +59,8 @@ def run(config: RunConfig, config_yaml: str, ranks: RankInfo) -> Outcome:
     prepared = prepare(config.data, config.tokenizer, config.model.vocab_size, log.info if ranks.rank == 0 else _silent)
     device = start_process(ranks, config.device, config.launcher.timeout_seconds, config.launcher.threads)
     try:
-        set_determinism(config.run.seed, config.run.deterministic)
+        # Only attention dropout draws from torch's own stream: ranks hold other samples or heads and must not share it.
+        set_determinism((config.run.seed + ranks.rank) % 2**63, config.run.deterministic)
         control = build_control_group(config.launcher.timeout_seconds)
         return _Run(config, config_yaml, prepared, device, control).train()
     finally:
@@ -86,7 +87,7 @@ class _Run:
         self._leads = dist.get_rank() == 0
         self._dir = config.run.folder
         lead(self._channel, lambda: self._claim(config_yaml, prepared))
-        mesh = build_mesh(config.parallel, device)
+        mesh = build_mesh(config.parallel, device, config.launcher.timeout_seconds)
         self._engine = build_engine(config, mesh)
         dataset = IndexedDataset(prepared.prefix)
         eos = Tokenizer.load(prepared.tokenizer_path).eos_id
@@ -103,7 +104,9 @@ class _Run:
             engine=self._engine,
             group=control,
             identity=identity_of(config, prepared.tokenizer_sha256, prepared.fingerprint),
-            layout=layout_of(config, dist.get_world_size()),
+            layout=layout_of(config, dist.get_world_size(), self._device.type),
+            recipe=recipe_of(config),
+            warn=self._say,
             report=lambda step: self._event("save", step, "committed"),
         )
 
@@ -129,7 +132,12 @@ class _Run:
             return Outcome(ExitCode.DONE)
         lead(self._channel, self._open_files)
         reason = f"from checkpoint {done}" if done else "no checkpoint"
-        self._event("resume" if done else "start", done, reason, layout=layout_of(config, dist.get_world_size()))
+        self._event(
+            "resume" if done else "start",
+            done,
+            reason,
+            layout=layout_of(config, dist.get_world_size(), self._device.type),
+        )
         self._say(
             f"run {config.run.name}: step {done} of {config.run.steps} on {dist.get_world_size()} ranks, {self._dir}"
         )

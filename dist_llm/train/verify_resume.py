@@ -48,7 +48,7 @@ class Outcome:
     """What a rank reports: losses by step, the samples it read by step, and its primary rectangles of all state."""
 
     losses: dict[int, float]
-    samples: dict[int, list[int]]
+    samples: dict[int, list[tuple[int, str]]]
     state: list[tuple[str, tuple[int, ...], tuple[int, ...], Array]]
 
 
@@ -72,7 +72,7 @@ def run_leg(config: RunConfig, prefix: Path, eos_id: int, root: Path, leg: Leg) 
     losses, samples = {}, {}
     for step in range(leg.start, leg.stop):
         batch = loader.batch(step)
-        samples[step] = batch.samples.tolist()
+        samples[step] = [_sample(*row) for row in zip(batch.samples.tolist(), batch.tokens, strict=True)]
         losses[step] = engine.train_step(batch).loss
     if leg.keep:
         save(root, leg.stop, engine.state(), dist.group.WORLD)
@@ -86,7 +86,7 @@ def _digests(outcomes: list[Outcome]) -> dict[str, str]:
     whole: dict[str, Array] = {}
     for outcome in outcomes:
         for name, shape, offsets, data in outcome.state:
-            target = whole.setdefault(name, np.zeros(shape, data.dtype))
+            target = whole.setdefault(name, np.full(shape, np.nan, data.dtype))
             target[tuple(slice(at, at + size) for at, size in zip(offsets, data.shape, strict=True))] = data
     return {name: hashlib.sha256(data.tobytes()).hexdigest() for name, data in whole.items()}
 
@@ -146,8 +146,13 @@ def verify_resume(
     return {"ok": all(row["ok"] for row in rows), "steps": steps, "cases": rows, "not_legal": refused}
 
 
-def _order(outcomes: list[Outcome]) -> list[int]:
-    """Return the samples of the one step that was run, over all ranks, each once, in order."""
+def _sample(number: int, tokens: torch.Tensor) -> tuple[int, str]:
+    """Return a sample's global number and the digest of its tokens."""
+    return number, hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+
+
+def _order(outcomes: list[Outcome]) -> list[tuple[int, str]]:
+    """Return number and content of the samples of the one step that was run, over all ranks, by global number."""
     return sorted({sample for outcome in outcomes for samples in outcome.samples.values() for sample in samples})
 
 
