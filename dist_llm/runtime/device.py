@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -35,8 +36,14 @@ def peak_memory_gib(device: torch.device) -> float:
     """Return the most memory that this rank has held, in GiB: allocated by torch on CUDA, resident (RSS) on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / _GIB
+    if sys.platform == "linux":
+        # Not ru_maxrss: across fork and exec it keeps the peak of the process that started this one.
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        line = next((line for line in status.splitlines() if line.startswith("VmHWM:")), None)
+        if line is not None:
+            return int(line.split()[1]) * 1024 / _GIB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts in KiB, macOS in bytes.
+    # macOS counts in bytes, others in KiB.
     return peak / _GIB if sys.platform == "darwin" else peak * 1024 / _GIB
 
 
