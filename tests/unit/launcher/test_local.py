@@ -17,6 +17,14 @@ from dist_llm.runtime.agent import RankExit, RanksEnd
 
 ROOT = Path(__file__).parents[3]
 
+_WHOLE_LINES = """
+import os as _os
+
+def print(*words, **options):
+    # One write a line: the ranks share a pipe, and an unbuffered print writes word by word.
+    _os.write(1, (" ".join(map(str, words)) + "\\n").encode())
+"""
+
 _RANK = """
 import os, signal, sys, time
 rank = int(os.environ["RANK"])
@@ -55,7 +63,7 @@ def _package_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
 def rank_script(tmp_path: Path) -> Callable[[str], str]:
     def write(body: str) -> str:
         path = tmp_path / "rank.py"
-        path.write_text(_RANK.format(body=body))
+        path.write_text(_WHOLE_LINES + _RANK.format(body=body))
         return str(path)
 
     return write
