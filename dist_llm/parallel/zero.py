@@ -6,8 +6,8 @@
     2       sharded between steps sharded                1 all-gather, M reduce-scatter
     3       sharded always        sharded                2M all-gather, M reduce-scatter
 
-A unit is a block, the embedding, or the head (embedding and head together when tied in one stage). FSDP2 is also used
-with nothing to shard when computing in less than fp32: it holds the fp32 masters and the low-precision copy.
+Replicated shards (HSDP) add one all-reduce a unit. A unit is a block, the embedding, or the head (embedding and head
+together when tied in one stage). FSDP2 also serves with nothing to shard below fp32: it holds the fp32 masters.
 """
 
 from __future__ import annotations
