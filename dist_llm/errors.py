@@ -26,6 +26,8 @@ class DistLLMError(Exception):
     """Base of every error that is the user's to act on; printed without a traceback."""
 
     exit_code: ExitCode = ExitCode.BUG
+    shared: bool = False
+    """Whether every rank raises this same error, so that one of each node prints it."""
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,18 @@
 """Ranks that act together or not at all: one rank's failure is every rank's error.
 
-    each:  work on every rank --gather--> rank 0 --broadcast verdict--> all go on, or all raise the same error
-    lead:  work on rank 0 --broadcast result or error--> all
+    each:      work on every rank --gather--> rank 0 --broadcast verdict--> all go on, or all raise the same error
+    together:  the same, and every rank keeps its own result
+    lead:      work on rank 0 --broadcast result or error--> all
 
 Payloads are JSON in uint8 tensors; torch's object collectives are pickle and are not used.
-Invariant: every rank leaves `each` and `lead` with the same outcome, as long as the group itself lives.
+Invariant: every rank leaves them with the same outcome, as long as the group itself lives.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,10 +27,14 @@ _KINDS: dict[str, type[DistLLMError]] = {
     kind.__name__: kind
     for kind in (
         errors.ConfigError,
+        errors.LayoutError,
         errors.DataError,
         errors.StorageError,
         errors.CheckpointError,
         errors.CheckpointMismatch,
+        errors.NumericsError,
+        errors.PeerLostError,
+        errors.EngineUnavailable,
         IncompleteStateError,
     )
 }
@@ -102,11 +107,17 @@ def each(channel: Channel, work: Callable[[], T]) -> list[T]:
 
     If it fails on any rank every rank raises the error of the lowest one that failed. Collectives: gather, broadcast.
     """
-    report, error = _attempt(work, where=f"rank {channel.rank}: " if channel.size > 1 else "")
+    report, error = _attempt(work)
     reports = [json.loads(payload) for payload in channel.gather(_encode(report))]
-    failed = next((report["error"] for report in reports if "error" in report), None)
-    _raise_shared(json.loads(channel.broadcast(_encode(failed))), error)
+    _raise_shared(json.loads(channel.broadcast(_encode(_verdict(reports)))), error)
     return [report["value"] for report in reports]
+
+
+def together(channel: Channel, work: Callable[[], T]) -> T:
+    """Run `work` on every rank and return this rank's own result; fails as `each` does. Collectives: as `each`."""
+    kept: list[T] = []
+    each(channel, lambda: kept.append(work()))
+    return kept[0]
 
 
 def lead(channel: Channel, work: Callable[[], T]) -> T:
@@ -114,29 +125,39 @@ def lead(channel: Channel, work: Callable[[], T]) -> T:
 
     Collectives: one broadcast.
     """
-    report, error = _attempt(work, where="") if channel.rank == 0 else ({}, None)
+    report, error = _attempt(work) if channel.rank == 0 else ({}, None)
     shared = json.loads(channel.broadcast(_encode(report)))
     _raise_shared(shared.get("error"), error)
     value: T = shared["value"]
     return value
 
 
-def _attempt(work: Callable[[], T], where: str) -> tuple[dict[str, object], Exception | None]:
+def _attempt(work: Callable[[], T]) -> tuple[dict[str, object], Exception | None]:
     try:
         return {"value": work()}, None
     except Exception as exc:  # whatever it is, the other ranks wait for word of it
-        return {"error": _describe(exc, where)}, exc
+        return {"error": _describe(exc)}, exc
 
 
-def _describe(exc: Exception, where: str) -> dict[str, object]:
+def _verdict(reports: list[dict[str, Any]]) -> dict[str, object] | None:
+    """Return the error of the lowest rank that failed, with the rank's name unless all ranks failed alike."""
+    failed = [(rank, report["error"]) for rank, report in enumerate(reports) if "error" in report]
+    if not failed:
+        return None
+    rank, error = failed[0]
+    alike = len(failed) == len(reports) and all(other == error for _, other in failed)
+    return error if alike or "message" not in error else {**error, "message": f"rank {rank}: {error['message']}"}
+
+
+def _describe(exc: Exception) -> dict[str, object]:
     if isinstance(exc, ConfigError) and exc.violations:
         rows = [[v.key, _shown(v.value), v.rule, [_shown(choice) for choice in v.legal]] for v in exc.violations]
         return {"kind": type(exc).__name__, "violations": rows}
     if isinstance(exc, DistLLMError):
-        return {"kind": type(exc).__name__, "message": f"{where}{exc}"}
+        return {"kind": type(exc).__name__, "message": str(exc)}
     if isinstance(exc, OSError):
-        return {"kind": StorageError.__name__, "message": f"{where}{exc}"}
-    return {"kind": DistLLMError.__name__, "message": f"{where}{type(exc).__name__}: {exc}"}
+        return {"kind": StorageError.__name__, "message": str(exc)}
+    return {"kind": DistLLMError.__name__, "message": f"{type(exc).__name__}: {exc}"}
 
 
 def _raise_shared(error: dict[str, object] | None, cause: Exception | None) -> None:
@@ -145,9 +166,15 @@ def _raise_shared(error: dict[str, object] | None, cause: Exception | None) -> N
         return
     kind = _KINDS.get(str(error["kind"]), DistLLMError)
     rows = error.get("violations")
+    shared = kind(str(error.get("message", "")))
     if isinstance(rows, list) and issubclass(kind, ConfigError):
-        raise kind([Violation(key, value, rule, tuple(legal)) for key, value, rule, legal in rows]) from cause
-    raise kind(str(error.get("message", ""))) from cause
+        shared = kind([Violation(key, value, rule, tuple(legal)) for key, value, rule, legal in rows])
+    shared.shared = True
+    try:
+        raise shared from cause
+    finally:
+        # The traceback holds this frame: a name here would keep error, frames and process group alive in a cycle.
+        del shared, cause
 
 
 def _shown(value: object) -> object:

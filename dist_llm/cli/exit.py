@@ -1,6 +1,7 @@
 """From an answer or an exception to what is printed and the exit code that job scripts act on.
 
 A user's mistake never ends in a traceback (--debug shows it); our own bug always does, since it is what we need to see.
+An error that all ranks share is printed by the first rank of each node alone.
 Under --json stdout is one JSON object whatever happens: the answer, or {"ok": false, "error": ..., "violations": ...}.
 """
 
@@ -29,6 +30,8 @@ def execute(run: Callable[[argparse.Namespace], Answer], arguments: argparse.Nam
         _say(f"{arguments.speaker}: interrupted")
         return INTERRUPTED
     except Exception as error:
+        if arguments.follows and _is_said_elsewhere(error):
+            return int(exit_code(error))
         return report_error(error, arguments.speaker, arguments.debug, arguments.as_json)
     if arguments.as_json:
         _print(json.dumps(dict(answer.data or {"ok": answer.code == ExitCode.DONE}), indent=2, allow_nan=False))
@@ -52,6 +55,12 @@ def report_error(error: Exception, speaker: str, debug: bool, as_json: bool) -> 
             ]
         _print(json.dumps(facts, indent=2, default=str))
     return int(code)
+
+
+def _is_said_elsewhere(error: Exception) -> bool:
+    """Say whether the node's first rank prints this error too; what a bug did here is to be seen here."""
+    own_bug = exit_code(error) == ExitCode.BUG and error.__cause__ is not None
+    return isinstance(error, DistLLMError) and error.shared and not own_bug
 
 
 def exit_code(error: Exception) -> ExitCode:

@@ -52,7 +52,7 @@ def parse_arguments(command: Command, prog: str, words: list[str]) -> argparse.N
     """Return the parsed arguments of a command. Raises ConfigError; SystemExit(0) after printing --help."""
     parser = Parser(prog, command.summary)
     parser.add_argument("--debug", action="store_true", help="log more, and show the traceback of an error")
-    parser.set_defaults(as_json=False, speaker="dist-llm")
+    parser.set_defaults(as_json=False, speaker="dist-llm", follows=False)
     command.arguments(parser)
     return parser.parse_intermixed_args(words)
 

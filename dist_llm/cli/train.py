@@ -32,10 +32,11 @@ def main(arguments: argparse.Namespace) -> Answer:
         return Answer(render_document(config).rstrip(), config.model_dump(mode="json"))
     ranks = discover_ranks()
     if ranks.world_size > 1:
-        arguments.speaker = f"dist-llm rank {ranks.rank}"
+        arguments.speaker, arguments.follows = f"dist-llm rank {ranks.rank}", ranks.local_rank > 0
     try:
         config = load_config(composed, ranks.world_size)
     except ConfigError as error:
+        error.shared = True
         if isinstance(error, LayoutError) and ranks.world_size == 1:
             error.add_note(_how_to_launch(arguments, load_config(composed, None), error))
         raise
@@ -50,7 +51,7 @@ def _train(config_text: str, config: RunConfig, ranks: RankInfo, debug: bool) ->
 
     configure_logging(ranks.rank, debug)
     outcome = run(config, config_text, ranks)
-    if outcome.trained_to_end and ranks.rank == 0:
+    if outcome.report_due and ranks.rank == 0:
         try_keepsakes(config.run.folder, config.telemetry)
     return int(outcome.code)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from dist_llm.types import Batch, DataSlice, LossSum, StepResult, TrainState
 
 
+@runtime_checkable
 class Engine(Protocol):
     """One optimizer step on one global batch, however the model is split."""
 

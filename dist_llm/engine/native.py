@@ -1,8 +1,9 @@
 """The native engine: our model, Megatron's split, FSDP2's ZeRO, torch's pipeline schedules. It documents the others.
 
 A step: zero grad -> forward_backward -> finish gradients -> totals (one all-reduce) -> clip -> AdamW -> schedule.
-Gradients are of (sum of token losses) / (nominal tokens); the true mean over counted tokens, the loss scale and the
-clip coefficient are one divisor inside the optimizer, so no pass over the gradients is spent on them.
+Gradients are of (sum of token losses) * `loss_unit`: the loss scale over the tokens of a microbatch, so that those of
+fp16 are neither lost in a large batch nor too large in a small one. The true mean over counted tokens, the loss scale
+and the clip coefficient are one divisor inside the optimizer, so no pass over the gradients is spent on them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from dist_llm.accounting.stages import plan_stages
@@ -55,7 +57,7 @@ class NativeEngine:
         self.observe: Callable[[str], None] = lambda phase: None
         self._formats = Formats(DTYPES[config.precision.compute], DTYPES[config.precision.master])
         self._scale = LossScale.build(config.precision)
-        self._nominal = config.data.global_batch * config.data.seq_len
+        self._microbatch_tokens = config.data.microbatch * config.data.seq_len
         self.data_slice = DataSlice(mesh.dp.index, mesh.dp.size)
         model = splittable(config.model, config.run.seed)
         stages = plan_stages(config.model.num_layers, mesh.pp.size, config.parallel.virtual_pipeline)
@@ -67,9 +69,15 @@ class NativeEngine:
         self._runner = self._build_runner(self.stages)
         self._step = 0
 
-    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        total = cross_entropy_sum(logits, targets, self._config.model.vocab_size, self._mesh.tp)
-        return total * (self._scale.value / self._nominal)
+    @property
+    def loss_unit(self) -> float:
+        """The factor on each token's loss before the backward; gradients / (unit * counted tokens) are the mean's."""
+        return self._scale.value / self._microbatch_tokens
+
+    def _loss(
+        self, logits: Float[Tensor, "batch seq columns"], targets: Int64[Tensor, "batch seq"]
+    ) -> Float[Tensor, ""]:
+        return cross_entropy_sum(logits, targets, self._config.model.vocab_size, self._mesh.tp) * self.loss_unit
 
     def _build_runner(self, stages: list[SplitStage]) -> Runner:
         data, parallel = self._config.data, self._config.parallel
@@ -111,9 +119,11 @@ class NativeEngine:
         batch = self._on_device(batch)
         for stage in self.stages:
             stage.part.model.eval()
-        loss = self._runner.forward(batch)
-        for stage in self.stages:
-            stage.part.model.train()
+        try:
+            loss = self._runner.forward(batch)
+        finally:
+            for stage in self.stages:
+                stage.part.model.train()
         totals = self._totals(loss, batch, torch.zeros((), dtype=torch.float64, device=self._mesh.device))
         return LossSum(totals.loss * totals.tokens, totals.tokens)
 
@@ -146,14 +156,14 @@ class NativeEngine:
         grads = [shard.gradient() for shard in shards]
         return [grad for grad in grads if grad is not None]
 
-    def _totals(self, loss: Tensor, batch: Batch, square_sum: Tensor) -> Totals:
+    def _totals(self, loss: Float[Tensor, ""], batch: Batch, square_sum: Float64[Tensor, ""]) -> Totals:
         """Sum loss, counted tokens and squared norm over the world. One all-reduce of three float64."""
         counts = self._mesh.tp.index == 0 and self._mesh.pp.index == self._mesh.pp.size - 1
         tokens = (batch.targets != IGNORE_INDEX).sum() if counts else torch.zeros((), device=self._mesh.device)
         local = torch.stack([(loss if counts else loss * 0).double(), tokens.double(), square_sum])
         dist.all_reduce(local, group=self._mesh.world.group)
         loss_sum, counted, squares = local.tolist()
-        unit = counted * self._scale.value / self._nominal if counted else 1.0
+        unit = counted * self.loss_unit if counted else 1.0
         norm = math.sqrt(squares) / unit if math.isfinite(squares) else squares
         clip = self._config.optimizer.clip_norm
         coefficient = min(1.0, clip / (norm + 1e-6)) if clip > 0 and math.isfinite(norm) else 1.0

@@ -8,6 +8,7 @@ The number of heads is read off the width of q, so the same code runs on a share
 from __future__ import annotations
 
 import torch
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -17,8 +18,8 @@ from dist_llm.models.rope import RopeTable
 from dist_llm.ops.rope import rotate
 
 
-def document_mask(documents: Tensor) -> Tensor:
-    """Return bool [B, 1, T, T]: the key is not later than the query and in its document (documents [B, T])."""
+def document_mask(documents: Int64[Tensor, "batch seq"]) -> Bool[Tensor, "batch 1 seq seq"]:
+    """Return whether the key (last dim) is not later than the query and in its document."""
     same = documents[:, None, :, None] == documents[:, None, None, :]
     length = documents.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
@@ -42,8 +43,10 @@ class Attention(nn.Module):
         self.drop = config.attention_dropout
         self.grouped = config.kv_heads != config.num_heads
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Attend over x [B, T, D]; mask bool [B, 1, T, T] or None for plain causal. Returns [B, T, D]."""
+    def forward(
+        self, x: Float[Tensor, "batch seq width"], mask: Bool[Tensor, "batch 1 seq seq"] | None
+    ) -> Float[Tensor, "batch _ width"]:
+        """Attend over x; mask None: plain causal. Under sequence parallelism this rank's part comes back."""
         query, key, value = (w(x).unflatten(-1, (-1, self.head_width)) for w in (self.wq, self.wk, self.wv))
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from dist_llm.ops.counter_rng import key_of
@@ -21,8 +22,10 @@ class Dropout(nn.Module):
         self.key = key_of("dropout", seed, site)
         self.sequence_part = 0
 
-    def forward(self, x: Tensor, samples: Tensor | None) -> Tensor:
-        """Drop elements of x [B, T, D]; samples int64 [B] are global sample numbers."""
+    def forward(
+        self, x: Float[Tensor, "batch seq width"], samples: Int64[Tensor, " batch"] | None
+    ) -> Float[Tensor, "batch seq width"]:
+        """Drop elements of x; samples are global sample numbers."""
         if self.drop == 0.0 or not self.training:
             return x
         if samples is None:

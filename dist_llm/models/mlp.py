@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -19,8 +20,8 @@ class MLP(nn.Module):
         self.down = nn.Linear(inner, width, bias=config.bias)
         self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x [B, T, D] to [B, T, D]."""
+    def forward(self, x: Float[Tensor, "batch seq width"]) -> Float[Tensor, "batch _ width"]:
+        """Map every token alone. Under sequence parallelism this rank's part comes back."""
         if self.gate is not None:
             inner = functional.silu(self.gate(x)) * self.up(x)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -18,8 +19,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise x [..., width]."""
+    def forward(self, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
+        """Normalise the last dim of x."""
         return rms_norm(x, self.weight, self.eps)
 
 
@@ -32,8 +33,8 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(width)) if bias else None
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise x [..., width]."""
+    def forward(self, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
+        """Normalise the last dim of x."""
         return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 

@@ -1,16 +1,17 @@
-"""The rotary table of a model: built on first use for a length, device and format, then kept."""
+"""The rotary table of a model: built on first use for a device and format, and anew when it is too short."""
 
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from dist_llm.config.model import ModelConfig, RopeConfig
 from dist_llm.ops import rope as ops
 
 
-def scaled_frequencies(config: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
-    """Return (float64 frequencies [head_dim / 2], magnitude) under the configured scaling."""
+def scaled_frequencies(config: RopeConfig, head_dim: int) -> tuple[Float64[Tensor, " half"], float]:
+    """Return (frequencies, half: head_dim / 2; magnitude) under the configured scaling."""
     freqs = ops.inverse_frequencies(head_dim, config.theta)
     original = config.original_max_seq_len
     if config.scaling == "llama3":
@@ -30,14 +31,17 @@ class RopeTable:
 
     def __init__(self, config: ModelConfig) -> None:
         self._config = config
-        self._tables: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cos and sin [T, head_dim / 2] for like [B, T, H, head_dim], in fp32 (fp64 for fp64 inputs)."""
+    def __call__(
+        self, like: Float[Tensor, "batch seq heads head_dim"]
+    ) -> tuple[Float[Tensor, "seq half"], Float[Tensor, "seq half"]]:
+        """Return cos and sin for the positions of `like`, in fp32 (fp64 for fp64 inputs); half: head_dim / 2."""
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        key = (like.shape[1], like.device, dtype)
-        if key not in self._tables:
+        key, length = (like.device, dtype), like.shape[1]
+        if key not in self._tables or len(self._tables[key][0]) < length:
             freqs, magnitude = scaled_frequencies(self._config.rope, self._config.head_width)
-            cos, sin = ops.rotation_table(freqs, like.shape[1], magnitude)
+            cos, sin = ops.rotation_table(freqs, length, magnitude)
             self._tables[key] = (cos.to(like.device, dtype), sin.to(like.device, dtype))
-        return self._tables[key]
+        cos, sin = self._tables[key]
+        return cos[:length], sin[:length]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from dist_llm.config.model import ModelConfig
@@ -23,8 +24,8 @@ from dist_llm.models.rope import RopeTable
 class Positions(nn.Embedding):
     """A learned table of positions; looked up for positions 0..T-1 of every sequence."""
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return [T, D] for tokens [B, T]."""
+    def forward(self, tokens: Int64[Tensor, "batch seq"]) -> Float[Tensor, "seq width"]:
+        """Return the rows of positions 0..seq-1."""
         return self.weight[: tokens.shape[1]]
 
 
@@ -38,8 +39,10 @@ class Embedding(nn.Module):
         self.positions = Positions(config.max_seq_len, config.hidden_size) if learned else None
         self.dropout = Dropout(config.dropout, seed, "embed")
 
-    def forward(self, tokens: Tensor, samples: Tensor | None) -> Tensor:
-        """Return hidden states [B, T, D] of tokens int64 [B, T]."""
+    def forward(
+        self, tokens: Int64[Tensor, "batch seq"], samples: Int64[Tensor, " batch"] | None
+    ) -> Float[Tensor, "batch _ width"]:
+        """Return the hidden states of tokens; under sequence parallelism this rank's part of them."""
         hidden = self.tokens(tokens)
         if self.positions is not None:
             hidden = hidden + self.positions(tokens)
@@ -60,8 +63,13 @@ class Block(nn.Module):
         self.mlp_dropout = Dropout(config.dropout, seed, f"layers.{index}.mlp")
         self.post_norm = config.norm_placement == "post"
 
-    def forward(self, x: Tensor, samples: Tensor | None, mask: Tensor | None) -> Tensor:
-        """Map hidden states [B, T, D] to [B, T, D]; mask bool [B, 1, T, T] or None for plain causal."""
+    def forward(
+        self,
+        x: Float[Tensor, "batch seq width"],
+        samples: Int64[Tensor, " batch"] | None,
+        mask: Bool[Tensor, "batch 1 whole whole"] | None,
+    ) -> Float[Tensor, "batch seq width"]:
+        """Map hidden states; mask None: plain causal; whole: seq, or all of it where x is a part of the sequence."""
         if self.post_norm:
             x = self.attention_norm(x + self.attention_dropout(self.attention(x, mask), samples))
             out: Tensor = self.mlp_norm(x + self.mlp_dropout(self.mlp(x), samples))
@@ -79,8 +87,8 @@ class Head(nn.Module):
         self.norm = build_norm(config, config.hidden_size) if config.norm_placement == "pre" else None
         self.projection = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits [B, T, V] of hidden states [B, T, D]."""
+    def forward(self, x: Float[Tensor, "batch seq width"]) -> Float[Tensor, "batch _ vocab"]:
+        """Return logits; under tensor parallelism those of this rank's columns, for the whole sequence."""
         logits: Tensor = self.projection(x if self.norm is None else self.norm(x))
         return logits
 
@@ -112,12 +120,16 @@ class Transformer(nn.Module):
         if not last:
             self.head = None
 
-    def forward(self, inputs: Tensor, samples: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        inputs: Int64[Tensor, "batch seq"] | Float[Tensor, "batch seq width"],
+        samples: Int64[Tensor, " batch"] | None = None,
+        documents: Int64[Tensor, "batch _"] | None = None,
+    ) -> Float[Tensor, "batch _ _"]:
         """Run the parts that are here.
 
-        inputs: tokens int64 [B, T] when the embedding is here, else hidden states [B, T, D].
-        samples int64 [B]: global sample numbers (dropout). documents int64 [B, T]: attention stays inside a document.
-        Returns logits [B, T, V] when the head is here, else hidden states [B, T, D].
+        inputs: tokens when the embedding is here, else hidden states. samples: global sample numbers (dropout).
+        documents: attention stays inside a document. Returns logits when the head is here, else hidden states.
         """
         mask = None if documents is None else document_mask(documents)
         hidden = inputs if self.embed is None else self.embed(inputs, samples)

@@ -12,6 +12,7 @@ import hashlib
 import math
 
 import torch
+from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 
@@ -31,12 +32,12 @@ def key_of(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def _shift_right(x: Tensor, bits: int) -> Tensor:
+def _shift_right(x: Int64[Tensor, "*shape"], bits: int) -> Int64[Tensor, "*shape"]:
     """Shift right without copying the sign bit."""
     return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
-def hash_counter(counter: Tensor, key: int | Tensor) -> Tensor:
+def hash_counter(counter: Int64[Tensor, "*#shape"], key: int | Int64[Tensor, "*#shape"]) -> Int64[Tensor, "*shape"]:
     """Return 64 well-mixed bits (int64, same shape) for each counter (int64) under `key` (broadcastable)."""
     x = counter * _GOLDEN + key
     x = (x ^ _shift_right(x, 30)) * _MIX_1
@@ -44,18 +45,20 @@ def hash_counter(counter: Tensor, key: int | Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def uniform(counter: Tensor, key: int) -> Tensor:
+def uniform(counter: Int64[Tensor, "*shape"], key: int) -> Float64[Tensor, "*shape"]:
     """Return float64 uniforms in (0, 1), one for each int64 counter."""
     return (_shift_right(hash_counter(counter, key), 11).double() + 0.5) * 2.0**-53
 
 
-def normal(counter: Tensor, key: int) -> Tensor:
+def normal(counter: Int64[Tensor, "*shape"], key: int) -> Float64[Tensor, "*shape"]:
     """Return float64 standard normals, one for each int64 counter (Box & Muller 1958)."""
     radius = torch.sqrt(-2.0 * torch.log(uniform(counter * 2, key)))
     return radius * torch.cos(2.0 * math.pi * uniform(counter * 2 + 1, key))
 
 
-def keep_mask(counter: Tensor, key: int | Tensor, drop: float) -> Tensor:
+def keep_mask(
+    counter: Int64[Tensor, "*#shape"], key: int | Int64[Tensor, "*#shape"], drop: float
+) -> Bool[Tensor, "*shape"]:
     """Return bool, True with probability 1 - drop, for each int64 counter under `key` (broadcastable)."""
     threshold = min(max(int(drop * 2.0**64) - 2**63, -(2**63)), 2**63 - 1)
     return hash_counter(counter, key) >= threshold

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from dist_llm.ops.counter_rng import hash_counter, keep_mask
 
 
-def dropout(x: Tensor, drop: float, key: int, samples: Tensor, token_offset: int = 0) -> Tensor:
+def dropout(
+    x: Float[Tensor, "batch seq width"], drop: float, key: int, samples: Int64[Tensor, " batch"], token_offset: int = 0
+) -> Float[Tensor, "batch seq width"]:
     """Zero elements of x with probability `drop` and scale the rest by 1 / (1 - drop).
 
-    x [B, T, D]; samples int64 [B] global sample numbers; token_offset: global position of x[:, 0].
+    samples: global sample numbers; token_offset: global position of x[:, 0].
     """
     _, num_tokens, width = x.shape
     tokens = torch.arange(token_offset, token_offset + num_tokens, device=x.device)

@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 
-def _wide(x: Tensor) -> Tensor:
+def _wide(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
@@ -35,7 +36,9 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalise the last dim of x [..., D] by its root mean square and scale by weight [D]."""
+def rms_norm(
+    x: Float[Tensor, "*rows width"], weight: Float[Tensor, " width"], eps: float
+) -> Float[Tensor, "*rows width"]:
+    """Normalise the last dim of x by its root mean square and scale it by weight."""
     out: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return out

@@ -12,22 +12,27 @@ import math
 from typing import Literal
 
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 
-def inverse_frequencies(head_dim: int, theta: float) -> Tensor:
-    """Return the unscaled angular frequencies, float64 [head_dim / 2]."""
+def inverse_frequencies(head_dim: int, theta: float) -> Float64[Tensor, " half"]:
+    """Return the unscaled angular frequencies; half: head_dim / 2."""
     return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
 
 
-def llama3_frequencies(freqs: Tensor, factor: float, low: float, high: float, original: int) -> Tensor:
+def llama3_frequencies(
+    freqs: Float64[Tensor, " half"], factor: float, low: float, high: float, original: int
+) -> Float64[Tensor, " half"]:
     """Divide frequencies of wavelength over original/low by `factor`, keep those under original/high, else blend."""
     wavelength = 2 * math.pi / freqs
     smooth = ((original / wavelength - low) / (high - low)).clamp(0, 1)
     return (1 - smooth) * freqs / factor + smooth * freqs
 
 
-def yarn_frequencies(freqs: Tensor, factor: float, fast: float, slow: float, original: int, theta: float) -> Tensor:
+def yarn_frequencies(
+    freqs: Float64[Tensor, " half"], factor: float, fast: float, slow: float, original: int, theta: float
+) -> Float64[Tensor, " half"]:
     """Blend interpolated and plain frequencies between `fast` and `slow` rotations in `original` tokens."""
     half = freqs.numel()
 
@@ -44,14 +49,18 @@ def yarn_attention_factor(factor: float) -> float:
     return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def rotation_table(freqs: Tensor, num_tokens: int, magnitude: float) -> tuple[Tensor, Tensor]:
-    """Return float64 cos and sin, each [num_tokens, head_dim / 2]."""
+def rotation_table(
+    freqs: Float64[Tensor, " half"], num_tokens: int, magnitude: float
+) -> tuple[Float64[Tensor, "{num_tokens} half"], Float64[Tensor, "{num_tokens} half"]]:
+    """Return cos and sin of every angle, times the magnitude."""
     angles = torch.outer(torch.arange(num_tokens, dtype=torch.float64), freqs)
     return angles.cos() * magnitude, angles.sin() * magnitude
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [B, T, H, D] by the tables [T, D / 2], in the wider of their formats; result in x's."""
+def rotate(
+    x: Float[Tensor, "batch seq heads head_dim"], cos: Float[Tensor, "seq half"], sin: Float[Tensor, "seq half"]
+) -> Float[Tensor, "batch seq heads head_dim"]:
+    """Rotate x by the tables (half: head_dim / 2), in the wider of their formats; result in x's."""
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos[:, None, :], sin[:, None, :]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float
 from torch import Tensor
 
 from dist_llm.runtime.mesh import Axis
@@ -23,22 +24,26 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def all_reduce_sum(x: Tensor, axis: Axis) -> Tensor:
+def all_reduce_sum(x: Float[Tensor, "*shape"], axis: Axis) -> Float[Tensor, "*shape"]:
     """Return the sum of x over the axis, in a new tensor. Issues one all-reduce."""
     out = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(out, group=axis.group)
     return out
 
 
-def _all_gather_sequence(x: Tensor, axis: Axis) -> Tensor:
-    """Join [B, T/n, D] parts into [B, T, D]. Issues one all-gather."""
+def _all_gather_sequence(
+    x: Float[Tensor, "batch part width"], axis: Axis
+) -> Float[Tensor, "batch {axis.size}*part width"]:
+    """Join the parts of a sequence. Issues one all-gather."""
     parts = x.new_empty((axis.size, *x.shape))
     _all_gather(parts.view(-1, *x.shape[1:]), x.contiguous(), group=axis.group)
     return parts.transpose(0, 1).flatten(1, 2)
 
 
-def _reduce_scatter_sequence(x: Tensor, axis: Axis) -> Tensor:
-    """Sum x [B, T, D] over the axis and keep this rank's [B, T/n, D]. Issues one reduce-scatter."""
+def _reduce_scatter_sequence(
+    x: Float[Tensor, "batch seq width"], axis: Axis
+) -> Float[Tensor, "batch seq//{axis.size} width"]:
+    """Sum x over the axis and keep this rank's part of the sequence. Issues one reduce-scatter."""
     parts = x.reshape(x.shape[0], axis.size, -1, *x.shape[2:]).transpose(0, 1).contiguous()
     out = x.new_empty(parts.shape[1:])
     _reduce_scatter(out, parts.view(-1, *parts.shape[2:]), group=axis.group)
@@ -88,16 +93,16 @@ class _ReduceScatterSequence(torch.autograd.Function):
         return _all_gather_sequence(grads[0], ctx.axis), None
 
 
-def enter_region(x: Tensor, axis: Axis, sequence: bool) -> Tensor:
+def enter_region(x: Float[Tensor, "batch seq width"], axis: Axis, sequence: bool) -> Float[Tensor, "batch _ width"]:
     """Bring x into the tensor-parallel region: whole on every rank, its gradient summed over tp on the way back.
 
-    x [B, T, D], or [B, T/tp, D] under sequence parallelism; returns [B, T, D].
+    Under sequence parallelism x is this rank's part of the sequence; what comes back is the whole.
     """
     out: Tensor = (_GatherSequence if sequence else _Copy).apply(x, axis)  # type: ignore[no-untyped-call]
     return out
 
 
-def leave_region(x: Tensor, axis: Axis, sequence: bool) -> Tensor:
-    """Sum the partial x [B, T, D] over tp; under sequence parallelism keep this rank's [B, T/tp, D]."""
+def leave_region(x: Float[Tensor, "batch seq width"], axis: Axis, sequence: bool) -> Float[Tensor, "batch _ width"]:
+    """Sum the partial x over tp; under sequence parallelism keep this rank's part of the sequence."""
     out: Tensor = (_ReduceScatterSequence if sequence else _Reduce).apply(x, axis)  # type: ignore[no-untyped-call]
     return out

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from dist_llm.runtime.mesh import Axis
@@ -54,11 +55,13 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return probabilities.mul_(grads[0]).to(ctx.dtype), None, None, None
 
 
-def cross_entropy_sum(logits: Tensor, targets: Tensor, vocab_size: int, axis: Axis) -> Tensor:
-    """Return the sum of token losses in nats (0-d, fp32 or fp64), equal on every tp rank.
+def cross_entropy_sum(
+    logits: Float[Tensor, "batch seq columns"], targets: Int64[Tensor, "batch seq"], vocab_size: int, axis: Axis
+) -> Float[Tensor, ""]:
+    """Return the sum of token losses in nats (fp32 or fp64), equal on every tp rank.
 
-    logits [B, T, V/tp] (this rank's columns, padding included), targets int64 [B, T] with IGNORE_INDEX where not
-    counted. Issues two all-reduces over tp forward (max; sum and target), none backward. Backward may run once.
+    logits: this rank's columns, padding included; targets: IGNORE_INDEX where not counted. Issues two all-reduces over
+    tp forward (max; sum and target), none backward. Backward may run once.
     """
     out: Tensor = _VocabParallelCrossEntropy.apply(logits, targets, vocab_size, axis)  # type: ignore[no-untyped-call]
     return out

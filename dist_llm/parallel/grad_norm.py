@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 
 from dist_llm.parallel.shards import LocalShard
 
 
-def primary_square_sum(shards: Iterable[LocalShard], device: torch.device) -> Tensor:
-    """Return this rank's part of the squared gradient norm, float64 0-d. Issues nothing."""
+def primary_square_sum(shards: Iterable[LocalShard], device: torch.device) -> Float64[Tensor, ""]:
+    """Return this rank's part of the squared gradient norm. Issues nothing."""
     total = torch.zeros((), dtype=torch.float64, device=device)
     for shard in shards:
         grad = shard.gradient()

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from dist_llm.ops.counter_rng import key_of, normal
@@ -22,8 +23,8 @@ def _strides(shape: tuple[int, ...]) -> list[int]:
     return [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
 
 
-def _global_indices(shard: LocalShard, rows: range) -> Tensor:
-    """Return the row-major logical index of every element of the given local rows (int64)."""
+def _global_indices(shard: LocalShard, rows: range) -> Int64[Tensor, "*index"]:
+    """Return the row-major logical index of every element of the given local rows."""
     strides = _strides(shard.shape)
     device = shard.tensor.device
     index = (torch.arange(rows.start, rows.stop, device=device) + shard.offsets[0]) * strides[0]

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
@@ -27,7 +28,7 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 class Microbatching:
     """How a rank's share of the global batch is cut: `count` microbatches of `size` sequences.
 
-    after_last_forward is called when the rank's last forward of a step is done, before what follows it.
+    after_last_forward is called when the rank's last forward of a training step is done, before what follows it.
     """
 
     size: int
@@ -35,14 +36,15 @@ class Microbatching:
     after_last_forward: Callable[[], None]
 
 
+@runtime_checkable
 class Runner(Protocol):
     """Runs a rank's share of a global batch."""
 
-    def forward_backward(self, batch: Batch) -> Tensor:
+    def forward_backward(self, batch: Batch) -> Float[Tensor, ""]:
         """Accumulate gradients over all microbatches; return the sum of losses (0 except on the last stage)."""
         ...
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> Float[Tensor, ""]:
         """Return the sum of losses without gradients (0 except on the last stage)."""
         ...
 
@@ -68,7 +70,7 @@ class Accumulation:
     def __init__(self, model: nn.Module, loss: LossFunction, cut: Microbatching, zero: int) -> None:
         self._model, self._loss, self._cut, self._zero = model, loss, cut, zero
 
-    def forward_backward(self, batch: Batch) -> Tensor:
+    def forward_backward(self, batch: Batch) -> Float[Tensor, ""]:
         """Accumulate gradients over the microbatches; return the sum of their losses."""
         total = torch.zeros((), device=batch.tokens.device)
         for index, (tokens, targets, extras) in enumerate(_microbatches(batch, self._cut.size)):
@@ -81,7 +83,7 @@ class Accumulation:
         return total
 
     @torch.no_grad()
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> Float[Tensor, ""]:
         """Return the sum of losses without gradients."""
         losses = [self._loss(self._model(x, **extras), y) for x, y, extras in _microbatches(batch, self._cut.size)]
         release(self._model)
@@ -190,12 +192,14 @@ class Scheduled:
         self._device = device
 
     def _count_forward(self) -> None:
+        if not torch.is_grad_enabled():
+            return
         self._forwards += 1
         if self._forwards == self._cut.count * len(self._parts):
             self._forwards = 0
             self._cut.after_last_forward()
 
-    def _run(self, step: Callable[..., Any], batch: Batch) -> Tensor:
+    def _run(self, step: Callable[..., Any], batch: Batch) -> Float[Tensor, ""]:
         args = (batch.tokens,) if self._first else ()
         losses: list[Tensor] = []
         target = {"target": batch.targets, "losses": losses} if self._last else {}
@@ -204,11 +208,11 @@ class Scheduled:
             return torch.zeros((), device=self._device)
         return torch.stack([loss.detach() for loss in losses]).sum()
 
-    def forward_backward(self, batch: Batch) -> Tensor:
+    def forward_backward(self, batch: Batch) -> Float[Tensor, ""]:
         """Run the schedule. Issues sends and receives of hidden states and their gradients over pp."""
         return self._run(self._schedule.step, batch)
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> Float[Tensor, ""]:
         """Run the forwards of the schedule without gradients."""
         with torch.no_grad():
             total = self._run(self._schedule.eval, batch)

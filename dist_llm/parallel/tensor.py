@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -42,8 +43,8 @@ class RowParallelLinear(nn.Linear):
     axis: Axis
     sequence: bool
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [B, T, in/tp] to [B, T (or T/tp), out]. One all-reduce, or reduce-scatter, over tp."""
+    def forward(self, x: Float[Tensor, "batch seq inputs"]) -> Float[Tensor, "batch _ outputs"]:
+        """Map this rank's inputs (seq or seq/tp tokens come back). One all-reduce, or reduce-scatter, over tp."""
         out = leave_region(functional.linear(x, self.weight), self.axis, self.sequence)
         bias: Tensor | None = self.bias
         return out if bias is None else out + bias
@@ -55,8 +56,8 @@ class VocabParallelEmbedding(nn.Embedding):
     axis: Axis
     sequence: bool
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Map tokens [B, T] to [B, T (or T/tp), D]. One all-reduce, or reduce-scatter, over tp."""
+    def forward(self, tokens: Int64[Tensor, "batch seq"]) -> Float[Tensor, "batch _ width"]:
+        """Return the embeddings of tokens (seq or seq/tp of them). One all-reduce, or reduce-scatter, over tp."""
         rows = self.weight.shape[0]
         local = tokens - self.axis.index * rows
         outside = (local < 0) | (local >= rows)

@@ -7,13 +7,15 @@ Functions go by name (they must be importable); results come back by rank. Used 
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,13 +24,22 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 
-from dist_llm.errors import PeerLostError
+from dist_llm.errors import DistLLMError, PeerLostError
 from dist_llm.runtime.lifeline import die_with_launcher
 from dist_llm.runtime.process import pin_loopback
 
 
 class RankFailure(Exception):
     """A job raised on a rank; holds the rank's traceback as text."""
+
+
+@dataclass(frozen=True)
+class _Reply:
+    """What a rank answers: its job's value, or the traceback, and the error itself where a user can act on it."""
+
+    value: Any = None
+    trace: str | None = None
+    error: DistLLMError | None = None
 
 
 def _serve(connection: Connection, rank: int, folder: str, timeout_seconds: float) -> None:
@@ -46,9 +57,9 @@ def _serve(connection: Connection, rank: int, folder: str, timeout_seconds: floa
             store = FileStore(str(Path(folder) / f"job-{number}"), world)
             limit = timedelta(seconds=timeout_seconds)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
-            reply = (True, function(*args))
-        except Exception:
-            reply = (False, traceback.format_exc())
+            reply = _Reply(function(*args))
+        except Exception as error:
+            reply = _Reply(trace=traceback.format_exc(), error=error if isinstance(error, DistLLMError) else None)
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -78,8 +89,9 @@ class WorkerPool:
     def run(self, function: Callable[..., Any], *args: Any, world: int) -> list[Any]:
         """Call an importable function with args on ranks 0..world-1 of a fresh group; return the results by rank.
 
-        RankFailure with the traceback of the lowest rank that raised; PeerLostError when a rank died or hung (the pool
-        is then started anew by the next call).
+        An error that a user can act on is raised as it was, any other as RankFailure with the traceback of the lowest
+        rank that raised; PeerLostError when a rank died, or gave no answer long after another had failed (the pool is
+        then started anew by the next call).
         """
         if world > self.size:
             raise ValueError(f"a pool of {self.size} ranks cannot run a job of {world}")
@@ -90,27 +102,35 @@ class WorkerPool:
         try:
             for _, connection in chosen:
                 connection.send((self._jobs, function, args, world))
-            replies = [self._receive(rank, connection) for rank, (_, connection) in enumerate(chosen)]
+            replies = self._receive({connection: rank for rank, (_, connection) in enumerate(chosen)})
         except (PeerLostError, OSError):
             self._stop()
             raise
-        failures = [(rank, text) for rank, (ok, text) in enumerate(replies) if not ok]
+        errors = [reply.error for reply in replies if reply.error is not None]
+        if errors:
+            raise errors[0]
+        failures = [(rank, reply.trace) for rank, reply in enumerate(replies) if reply.trace is not None]
         if failures:
-            raise RankFailure("\n".join(f"rank {rank}: {text}" for rank, text in failures[:2]))
-        return [value for _, value in replies]
+            raise RankFailure("\n".join(f"rank {rank}: {trace}" for rank, trace in failures[:2]))
+        return [reply.value for reply in replies]
 
-    def _receive(self, rank: int, connection: Connection) -> tuple[bool, Any]:
-        deadline = time.monotonic() + 3 * self._timeout
-        while time.monotonic() < deadline:
-            if connection.poll(1.0):
+    def _receive(self, waiting: dict[Connection, int]) -> list[_Reply]:
+        """Return the replies by rank. A job may take as long as it needs; a failed one only a group's timeout more."""
+        replies: dict[int, _Reply] = {}
+        deadline = math.inf
+        while waiting:
+            ready = wait(list(waiting), timeout=1.0)
+            for connection in [each for each in waiting if each in ready]:
+                rank = waiting.pop(connection)
                 try:
-                    reply: tuple[bool, Any] = connection.recv()
-                    return reply
+                    replies[rank] = connection.recv()
                 except EOFError:
-                    break
-            if not self._ranks[rank][0].is_alive() and not connection.poll(0):
-                break
-        raise PeerLostError(f"rank {rank} of the pool died or hung")
+                    raise PeerLostError(f"rank {rank} of the pool died") from None
+                if replies[rank].trace is not None:
+                    deadline = min(deadline, time.monotonic() + 2 * self._timeout)
+            if time.monotonic() > deadline:
+                raise PeerLostError(f"ranks {sorted(waiting.values())} of the pool hang after another rank failed")
+        return [replies[rank] for rank in sorted(replies)]
 
     def _stop(self) -> None:
         for process, connection in self._ranks:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import os
 import platform
 import socket
@@ -51,15 +52,19 @@ def start_process(ranks: RankInfo, device: str, timeout_seconds: float, threads:
     if ranks.one_node:
         pin_loopback()
     _join_group(ranks, _backend(chosen), timedelta(seconds=timeout_seconds))
-    # A gloo group that is still open when the interpreter goes down aborts the process, and its exit code is lost.
     atexit.register(stop_process)
     return chosen
 
 
 def stop_process() -> None:
-    """Leave the default process group, if this process is in one. Issues no collective."""
+    """Leave the default process group, if this process is in one, and free every group. Issues no collective.
+
+    A group's threads that outlive the interpreter abort the process (they let go of tensors, which needs the GIL), and
+    its exit code is lost; tracebacks hold groups in cycles. So this also runs last, when no frame is left.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+    gc.collect()
 
 
 def usable_cores() -> int:

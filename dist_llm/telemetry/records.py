@@ -26,6 +26,7 @@ EVENTS_FILE = "events.jsonl"
 VALIDATION_FILE = "validation.jsonl"
 SAMPLE_FILE = "sample.txt"
 CONFIG_FILE = "config.yaml"
+REPORT_FILE = "report.html"
 
 EventKind = Literal["start", "resume", "save", "fault", "rollback", "skip", "stop"]
 
@@ -94,7 +95,7 @@ class RunFiles:
 
 
 def finished_step(run_dir: Path, config_text: str) -> int | None:
-    """Return the last step of a run of exactly this config that ended well and kept its checkpoint, else None."""
+    """Return the last step of a run of exactly this config that ended well, checkpoint and report kept, else None."""
     try:
         same = (run_dir / CONFIG_FILE).read_text(encoding="utf-8") == config_text
         events = read_lines(run_dir / EVENTS_FILE)
@@ -104,7 +105,9 @@ def finished_step(run_dir: Path, config_text: str) -> int | None:
     if not same or not stops or stops[-1].get("code") != 0:
         return None
     step = stops[-1].get("step")
-    if not isinstance(step, int) or not (run_dir / "checkpoints" / f"step-{step:08d}").is_dir():
+    if not (run_dir / REPORT_FILE).is_file() or not isinstance(step, int):
+        return None
+    if not (run_dir / "checkpoints" / f"step-{step:08d}").is_dir():
         return None
     return step
 

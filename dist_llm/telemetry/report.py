@@ -16,6 +16,7 @@ from dist_llm.telemetry.picture import PICTURE_FILE
 from dist_llm.telemetry.records import (
     CONFIG_FILE,
     EVENTS_FILE,
+    REPORT_FILE,
     SAMPLE_FILE,
     MetricsLine,
     read_lines,
@@ -23,7 +24,6 @@ from dist_llm.telemetry.records import (
     write_whole,
 )
 
-REPORT_FILE = "report.html"
 _SHOWN_EVENTS = 200
 
 

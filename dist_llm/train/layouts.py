@@ -67,14 +67,24 @@ def variant_model(model: ModelConfig, variant: str) -> ModelConfig:
     return ModelConfig.model_validate({**model.model_dump(), **changes})
 
 
+def misfit(config: RunConfig, case: Case) -> str | None:
+    """Return why the global batch cannot be cut as the case wants it, or None."""
+    data = int(str(case.parallel.get("data", 1)))
+    pieces, batch = data * case.accumulation, config.data.global_batch
+    if batch % pieces == 0:
+        return None
+    rule = f"must be a multiple of {pieces} for {case.accumulation} microbatches on each of {data} data-parallel ranks"
+    return f"data.global_batch={batch} {rule}; use {-(-batch // pieces) * pieces}"
+
+
 def case_config(config: RunConfig, case: Case, precision: str) -> RunConfig:
-    """Return the run of a case: the given one with the variant's model, the case's layout and its microbatch."""
+    """Return the run of a case that fits: the given one with the variant's model, the case's layout and microbatch."""
     tree = config.model_dump()
     data = int(str(case.parallel.get("data", 1)))
     tree["model"] = variant_model(config.model, case.variant).model_dump()
     tree["model"]["attention_dropout"] = 0.0
     tree["parallel"] = {"zero": 1, **case.parallel, "data": data}
-    tree["data"]["microbatch"] = max(1, config.data.global_batch // (data * case.accumulation))
+    tree["data"]["microbatch"] = config.data.global_batch // (data * case.accumulation)
     tree["precision"] = {"name": precision}
     tree["launcher"]["nproc"] = case.ranks
     return RunConfig.model_validate(tree)

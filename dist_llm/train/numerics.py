@@ -25,7 +25,9 @@ class NumericsGuard:
         self.in_a_row += 1
         self.event("skip", record.step, "the loss or the gradient is not finite")
         if self.in_a_row >= self.limit:
-            raise NumericsError(
+            error = NumericsError(
                 f"{self.in_a_row} steps in a row had a non-finite loss or gradient (precision.max_skipped_steps="
                 f"{self.limit}); the last good checkpoint is kept: lower optimizer.lr or raise the precision"
             )
+            error.shared = True
+            raise error

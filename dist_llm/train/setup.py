@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from dist_llm.accounting.flops import step_flops
-from dist_llm.checkpoint.agreement import connect, lead
+from dist_llm.checkpoint.agreement import connect, lead, together
 from dist_llm.config.run import RunConfig
 from dist_llm.data.indexed import IndexedDataset
 from dist_llm.data.loader import Split, TokenLoader
@@ -27,7 +28,7 @@ from dist_llm.runtime.ranks import RankInfo
 from dist_llm.runtime.seed import set_determinism
 from dist_llm.telemetry.live import LiveLine
 from dist_llm.telemetry.meters import Meter
-from dist_llm.telemetry.records import EventKind, RunFiles
+from dist_llm.telemetry.records import REPORT_FILE, EventKind, RunFiles
 from dist_llm.telemetry.tensorboard import TensorBoard
 from dist_llm.telemetry.wandb import WandB
 from dist_llm.train.checkpoints import Checkpoints
@@ -44,10 +45,10 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended here: its exit code, and whether this process took the last step."""
+    """How a run ended: its exit code, and whether it is done and its report is still to be written."""
 
     code: ExitCode
-    trained_to_end: bool = False
+    report_due: bool
 
 
 def run(config: RunConfig, config_yaml: str, ranks: RankInfo) -> Outcome:
@@ -56,13 +57,16 @@ def run(config: RunConfig, config_yaml: str, ranks: RankInfo) -> Outcome:
     config_yaml is the resolved config as text, kept in the run folder. Collectives: those of the engine, and over a CPU
     control group those of saving and one flag a step.
     """
-    prepared = prepare(config.data, config.tokenizer, config.model.vocab_size, log.info if ranks.rank == 0 else _silent)
     device = start_process(ranks, config.device, config.launcher.timeout_seconds, config.launcher.threads)
     try:
         # Only attention dropout draws from torch's own stream: ranks hold other samples or heads and must not share it.
         set_determinism((config.run.seed + ranks.rank) % 2**63, config.run.deterministic)
         control = build_control_group(config.launcher.timeout_seconds)
-        return _Run(config, config_yaml, prepared, device, control).train()
+        say = log.info if ranks.rank == 0 else _silent
+        model = config.model
+        prepared = together(connect(control), lambda: prepare(config.data, config.tokenizer, model.vocab_size, say))
+        with contextlib.closing(_Run(config, config_yaml, prepared, device, control)) as started:
+            return started.train()
     finally:
         stop_process()
 
@@ -86,18 +90,12 @@ class _Run:
         self._channel = connect(control)
         self._leads = dist.get_rank() == 0
         self._dir = config.run.folder
+        self._interruption = Interruption(control)
+        self._files: RunFiles | None = None
         lead(self._channel, lambda: self._claim(config_yaml, prepared))
         mesh = build_mesh(config.parallel, device, config.launcher.timeout_seconds)
         self._engine = build_engine(config, mesh)
-        dataset = IndexedDataset(prepared.prefix)
-        eos = Tokenizer.load(prepared.tokenizer_path).eos_id
-        splits: tuple[Split, ...] = ("train", "validation") if config.data.validation_fraction > 0 else ("train",)
-        self._loaders = {
-            split: TokenLoader(
-                dataset, config.data, config.run.seed, self._engine.data_slice, eos, config.model.vocab_size, split
-            )
-            for split in splits
-        }
+        self._loaders = together(self._channel, lambda: self._open_data(prepared))
         self._checkpoints = Checkpoints(
             root=self._dir / "checkpoints",
             config=config.checkpoint,
@@ -112,16 +110,27 @@ class _Run:
 
     def _claim(self, config_yaml: str, prepared: PreparedData) -> None:
         """Take the run folder for this run (rank 0): refuse another live run, or any run under resume=never."""
+        self._lock = lock_run(self._dir)
         holds_run = any((self._dir / name).exists() for name in ("metrics.jsonl", "checkpoints"))
         if self._config.run.resume == "never" and holds_run:
             rule = f"starts afresh, and {self._dir} already holds a run; name another run.name or resume"
             raise ConfigError([Violation("run.resume", "never", rule, ("auto", "must"))])
-        self._lock = lock_run(self._dir)
         self._config_yaml, self._prepared = config_yaml, prepared
 
+    def _open_data(self, prepared: PreparedData) -> dict[Split, TokenLoader]:
+        """Return the readers of this process's share of the batches: of training and, where kept apart, validation."""
+        config, mine = self._config, self._engine.data_slice
+        dataset, eos = IndexedDataset(prepared.prefix), Tokenizer.load(prepared.tokenizer_path).eos_id
+        splits: tuple[Split, ...] = ("train", "validation") if config.data.validation_fraction > 0 else ("train",)
+        return {
+            split: TokenLoader(dataset, config.data, config.run.seed, mine, eos, config.model.vocab_size, split)
+            for split in splits
+        }
+
     def _event(self, kind: EventKind, step: int, reason: str, **facts: object) -> None:
-        if self._leads:
-            self._files.event(kind, step, reason, **facts)
+        files = self._files
+        if files is not None:
+            self._interruption.attempt(lambda: files.event(kind, step, reason, **facts))
 
     def train(self) -> Outcome:
         """Restore, loop, save; DONE, or PREEMPTED when a signal ended the run early."""
@@ -129,42 +138,45 @@ class _Run:
         done, tokens = self._checkpoints.restore(must=config.run.resume == "must")
         if done >= config.run.steps and done:
             log.info("run %s is done: step %d of %d, %s", config.run.name, done, config.run.steps, self._dir)
-            return Outcome(ExitCode.DONE)
+            return Outcome(ExitCode.DONE, report_due=not (self._dir / REPORT_FILE).is_file())
         lead(self._channel, self._open_files)
+        layout = layout_of(config, dist.get_world_size(), self._device.type)
         reason = f"from checkpoint {done}" if done else "no checkpoint"
-        self._event(
-            "resume" if done else "start",
-            done,
-            reason,
-            layout=layout_of(config, dist.get_world_size(), self._device.type),
-        )
-        self._say(
-            f"run {config.run.name}: step {done} of {config.run.steps} on {dist.get_world_size()} ranks, {self._dir}"
-        )
-        interruption = Interruption(self._control)
-        meter = self._meter(tokens)
-        guard = NumericsGuard(config.precision.max_skipped_steps, self._event)
-        hooks: list[Hook] = [
-            *self._rank_0_hooks(done),
-            guard.after_step,
-            *self._evaluation(),
-            self._checkpoints.after_step,
-        ]
+        self._event("resume" if done else "start", done, reason, layout=layout)
+        count = self._channel.size
+        self._say(f"run {config.run.name}: step {done} of {config.run.steps} on {count} ranks, {self._dir}")
         try:
-            span = Span(done, config.run.steps)
-            reached = loop(self._engine, self._loaders["train"], span, meter, hooks, interruption.agreed)
-            self._checkpoints.save(reached, meter.tokens)
+            reached = self._loop(done, tokens)
         except BaseException as error:
-            code = getattr(error, "exit_code", ExitCode.BUG)
-            self._event("fault", -1, f"{type(error).__name__}: {error}", code=int(code))
+            code = int(getattr(error, "exit_code", ExitCode.BUG))
+            self._event("fault", -1, f"{type(error).__name__}: {error}", code=code)
             raise
-        finally:
-            interruption.close()
-            self._close_hooks()
         finished = reached >= config.run.steps
-        code = ExitCode.DONE if finished else ExitCode.PREEMPTED
-        self._event("stop", reached, "all steps done" if finished else "asked to stop by a signal", code=int(code))
-        return Outcome(code, trained_to_end=finished)
+        outcome = Outcome(ExitCode.DONE if finished else ExitCode.PREEMPTED, finished)
+        reason = "all steps done" if finished else "asked to stop by a signal"
+        self._event("stop", reached, reason, code=int(outcome.code))
+        self._interruption.raise_failure()
+        return outcome
+
+    def _loop(self, done: int, tokens: int) -> int:
+        """Train from step `done` until the end or a signal, save, and return the step that was reached."""
+        with contextlib.ExitStack() as closers:
+            meter = self._meter(tokens)
+            guard = NumericsGuard(self._config.precision.max_skipped_steps, self._event)
+            shown = together(self._channel, lambda: self._rank_0_hooks(done, closers))
+            hooks: list[Hook] = [*map(self._interruption.shield, shown), guard.after_step]
+            hooks += [*self._evaluation(), self._checkpoints.after_step]
+            span = Span(done, self._config.run.steps)
+            reached = loop(self._engine, self._loaders["train"], span, meter, hooks, self._interruption.agreed)
+            self._checkpoints.save(reached, meter.tokens)
+        return reached
+
+    def close(self) -> None:
+        """Give back the signals and close what is open; a failed run has not opened everything."""
+        self._interruption.close()
+        self._engine.close()
+        if self._files is not None:
+            self._files.close()
 
     def _open_files(self) -> None:
         self._files = RunFiles(self._dir)
@@ -189,27 +201,23 @@ class _Run:
         device = self._device
         return Meter(per_token, peak * devices if known else None, lambda: peak_memory_gib(device), tokens)
 
-    def _rank_0_hooks(self, done: int) -> list[Hook]:
-        """Return the hooks that write and show; other ranks have none."""
-        self._closers: list[Callable[[], None]] = []
-        if not self._leads:
+    def _rank_0_hooks(self, done: int, closers: contextlib.ExitStack) -> list[Hook]:
+        """Return the hooks that write and show, to be closed by `closers`; other ranks have none."""
+        files, telemetry = self._files, self._config.telemetry
+        if files is None:
             return []
-        live = LiveLine(self._config.run.steps, self._config.telemetry.log_interval)
-        self._closers.append(live.close)
-        hooks: list[Hook] = [self._files.record, live]
-        if self._config.telemetry.tensorboard:
+        live = LiveLine(self._config.run.steps, telemetry.log_interval)
+        closers.callback(live.close)
+        hooks: list[Hook] = [files.record, live]
+        if telemetry.tensorboard:
             board = TensorBoard(self._dir, done + 1)
-            self._closers.append(board.close)
+            closers.callback(board.close)
             hooks.append(board)
-        if self._config.telemetry.wandb:
+        if telemetry.wandb:
             tracker = WandB(self._dir, self._config.model_dump(mode="json"))
-            self._closers.append(tracker.close)
+            closers.callback(tracker.close)
             hooks.append(tracker)
         return hooks
-
-    def _close_hooks(self) -> None:
-        for close in self._closers:
-            close()
 
     def _evaluation(self) -> list[Hook]:
         telemetry = self._config.telemetry
@@ -221,5 +229,6 @@ class _Run:
 
     def _report_validation(self, record: StepRecord, loss: float, tokens: int) -> None:
         self._say(f"step {record.step}: validation loss {loss:.4f}")
-        if self._leads:
-            self._files.validation(record.step, loss, tokens)
+        files = self._files
+        if files is not None:
+            self._interruption.attempt(lambda: files.validation(record.step, loss, tokens))

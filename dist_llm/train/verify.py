@@ -27,7 +27,7 @@ from dist_llm.data.tokenizer import Tokenizer
 from dist_llm.engine.native import NativeEngine
 from dist_llm.runtime.mesh import build_mesh
 from dist_llm.runtime.pool import WorkerPool
-from dist_llm.train.layouts import CASES, Case, baseline, case_config
+from dist_llm.train.layouts import CASES, Case, baseline, case_config, misfit
 
 Array = NDArray[Any]
 
@@ -78,9 +78,8 @@ def train_case(config: RunConfig, prefix: Path, eos_id: int, steps: int) -> Trac
     )
     results = [engine.train_step(loader.batch(step)) for step in range(steps)]
     trace = Trace([r.loss for r in results], [r.grad_norm for r in results])
-    unit = config.data.global_batch * config.data.seq_len
     for result, norms in zip(results, key_bias.norms, strict=True):
-        scale = result.grad_norm * result.tokens / unit
+        scale = result.grad_norm * result.tokens * engine.loss_unit
         trace.key_bias_shares.append({name: norm / scale for name, norm in norms.items()})
     for shard in engine.shards:
         if shard.primary:
@@ -136,14 +135,16 @@ class Difference:
     ok: bool
 
 
-def _compare(case: Case, traces: list[Trace], one: list[Trace], precision: str, seconds: float) -> Difference:
+def compare(case: Case, traces: list[Trace], one: list[Trace], precision: str, seconds: float) -> Difference:
+    """Return how far the ranks of a case are from one process; what is missing or not a number differs infinitely."""
     ours, theirs = _whole_weights(traces), _whole_weights(one)
     worst, worst_name = 0.0, ""
     for name, reference in theirs.items():
         if _is_key_bias(name):
             continue
         scale = float(np.linalg.norm(reference.astype(np.float64)))
-        gap = float(np.linalg.norm((ours[name] - reference).astype(np.float64)))
+        mine = ours.get(name, np.full_like(reference, np.nan))
+        gap = float(np.linalg.norm((mine - reference).astype(np.float64)))
         ratio = _finite(gap / scale if scale else gap)
         if ratio > worst:
             worst, worst_name = ratio, name
@@ -182,15 +183,17 @@ def verify_layout(
             return pool.run(train, run_config, prepared.prefix, eos_id, steps, world=case.ranks)
 
         for case in chosen:
-            violations = check(case_config(config, case, precision), case.ranks)
-            if violations:
-                refused[case.name] = "; ".join(str(violation) for violation in violations)
+            reason = misfit(config, case) or "; ".join(
+                str(violation) for violation in check(case_config(config, case, precision), case.ranks)
+            )
+            if reason:
+                refused[case.name] = reason
                 continue
             if case.variant not in references:
                 report(f"one process: {case.variant}")
                 references[case.variant] = run(baseline(case.variant))
             began = time.perf_counter()
-            row = _compare(case, run(case), references[case.variant], precision, time.perf_counter() - began)
+            row = compare(case, run(case), references[case.variant], precision, time.perf_counter() - began)
             rows.append(row)
             report(_line(row))
     return _summary(rows, refused, precision, steps)

@@ -55,7 +55,7 @@ class Place:
             "data.seq_len=32",
             "data.global_batch=8",
             "data.microbatch=2",
-            "optimizer.lr=3e-3",
+            "optimizer.lr=2e-3",
             "checkpoint.interval=10",
             "checkpoint.keep=9",
             "launcher.threads=1",

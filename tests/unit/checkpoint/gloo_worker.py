@@ -16,6 +16,7 @@ import torch.distributed as dist
 from dist_llm.checkpoint.load import find_latest, load
 from dist_llm.checkpoint.save import save
 from dist_llm.errors import DistLLMError
+from dist_llm.runtime.process import stop_process
 from dist_llm.types import TrainState
 from tests.unit.checkpoint.synthetic import blank, full_tensors, same_bits, split
 
@@ -31,8 +32,8 @@ def _fail_write(*_: object) -> int:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def main(rank: int, size: int, folder: Path) -> None:
-    """Save, reshard, meet a flipped bit, disagree, and fill the disk of rank 1."""
+def main(rank: int, size: int, folder: Path) -> str:
+    """Save, reshard, meet a flipped bit, disagree, fill the disk of rank 1, and return as JSON what came of it."""
     dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=30), size, rank)
     group = dist.group.WORLD
     root = folder / "checkpoints"
@@ -59,11 +60,12 @@ def main(rank: int, size: int, folder: Path) -> None:
     full = _told(lambda: save(root, 3, split(tensors, "tp2_dp2")[rank], group))
     os.write = write
     dist.barrier()
-    dist.destroy_process_group()
     told = {"resharded": resharded, "flipped": flipped, "latest": latest and latest.name}
-    print(json.dumps({**told, "incomplete": incomplete, "full": full}))
+    return json.dumps({**told, "incomplete": incomplete, "full": full})
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    told = main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    stop_process()
+    print(told)

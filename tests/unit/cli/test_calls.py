@@ -142,7 +142,7 @@ def test_train_hands_over_the_resolved_config(
 ) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, {"RANK": "3", "LOCAL_RANK": "3"}.get(name, "4"))
-    outcome = type("Outcome", (), {"trained_to_end": True, "code": ExitCode.PREEMPTED})()
+    outcome = type("Outcome", (), {"report_due": True, "code": ExitCode.PREEMPTED})()
     call = replace("dist_llm.train.setup.run", outcome)
     assert main(["train", "experiment=quickstart", "run.dir=/tmp/a b"]) == ExitCode.PREEMPTED
     config, text, ranks = call.args

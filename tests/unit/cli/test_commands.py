@@ -159,7 +159,7 @@ def test_alone_is_told_how_to_launch(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def _arguments(debug: bool = False, as_json: bool = False) -> argparse.Namespace:
-    return argparse.Namespace(debug=debug, as_json=as_json, speaker="dist-llm")
+    return argparse.Namespace(debug=debug, as_json=as_json, speaker="dist-llm", follows=False)
 
 
 @pytest.mark.parametrize(
@@ -187,6 +187,22 @@ def test_errors_have_their_codes(error: Exception, code: int, capsys: pytest.Cap
     assert printed.err.splitlines()[-1].startswith("dist-llm: ")
     assert cli_exit.execute(fail, _arguments(as_json=True)) == code
     assert json.loads(capsys.readouterr().out)["exit_code"] == code
+
+
+@pytest.mark.parametrize(("shared", "follows", "said"), [(True, True, 0), (True, False, 1), (False, True, 1)])
+def test_what_all_ranks_share_is_said_once_a_node(
+    shared: bool, follows: bool, said: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = DataError("the corpus is empty")
+    error.shared = shared
+
+    def fail(arguments: argparse.Namespace) -> Answer:
+        raise error
+
+    arguments = _arguments()
+    arguments.follows = follows
+    assert cli_exit.execute(fail, arguments) == ExitCode.BAD_DATA
+    assert capsys.readouterr().err.count("the corpus is empty") == said
 
 
 def test_lost_peers_of_torch_are_retried() -> None:

@@ -1,0 +1,70 @@
+"""The pool gives back values by rank, a user's error as it was, a bug with its traceback, and survives a dead rank."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+import torch.distributed as dist
+
+from dist_llm.errors import DataError, PeerLostError
+from dist_llm.runtime.pool import RankFailure, WorkerPool
+
+
+def rank_times(factor: int) -> int:
+    """Return this rank times a factor."""
+    return dist.get_rank() * factor
+
+
+def damaged() -> None:
+    """Fail on rank 1 as a damaged file does."""
+    if dist.get_rank() == 1:
+        raise DataError("tokens.bin is cut short")
+
+
+def mistaken() -> None:
+    """Fail on rank 1 as a bug does."""
+    if dist.get_rank() == 1:
+        raise KeyError("wq")
+
+
+def killed() -> None:
+    """Kill rank 1."""
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stuck_after_failure() -> None:
+    """Fail on rank 0 while rank 1 never answers."""
+    if dist.get_rank() == 0:
+        raise KeyError("wq")
+    time.sleep(3600)
+
+
+def test_values_come_back_by_rank(pool: WorkerPool) -> None:
+    assert pool.run(rank_times, 10, world=3) == [0, 10, 20]
+
+
+def test_a_users_error_is_raised_as_it_was(pool: WorkerPool) -> None:
+    with pytest.raises(DataError, match="cut short"):
+        pool.run(damaged, world=2)
+
+
+def test_a_bug_comes_with_its_traceback(pool: WorkerPool) -> None:
+    with pytest.raises(RankFailure, match=r"(?s)rank 1: Traceback.*KeyError: 'wq'"):
+        pool.run(mistaken, world=2)
+
+
+def test_a_dead_or_hanging_rank_is_a_lost_peer_and_the_next_job_runs() -> None:
+    with WorkerPool(2, timeout_seconds=5.0) as own:
+        for job in (killed, stuck_after_failure):
+            with pytest.raises(PeerLostError):
+                own.run(job, world=2)
+        assert own.run(rank_times, 2, world=1) == [0]
+
+
+def test_a_job_larger_than_the_pool_is_refused(pool: WorkerPool) -> None:
+    with pytest.raises(ValueError, match="cannot run a job"):
+        pool.run(rank_times, 1, world=pool.size + 1)

@@ -1,0 +1,84 @@
+"""`verify layout` takes nothing for agreement that is not: NaN, a missing rectangle, a batch that cannot be cut."""
+
+from __future__ import annotations
+
+import math
+from copy import deepcopy
+
+import numpy as np
+import pytest
+
+from dist_llm.train.layouts import CASES, Case, baseline, case_config, misfit
+from dist_llm.train.verify import Trace, compare
+from tests.parallel.tiny import tiny_config
+
+CASE = Case("as-given", {"data": 2}, 2, 1)
+
+
+def trace(rows: slice, bias_share: float = 0.0) -> Trace:
+    """Return what a rank with these rows of a 4 x 3 weight left."""
+    whole = np.arange(1.0, 13.0, dtype=np.float32).reshape(4, 3)
+    return Trace(
+        losses=[2.0, 1.5],
+        grad_norms=[1.0, 0.5],
+        weights=[("w", (4, 3), (rows.start, 0), whole[rows].copy())],
+        key_bias_shares=[{"layers.0.attention.wk.bias": bias_share}] * 2,
+    )
+
+
+ONE = [trace(slice(0, 4))]
+TWO = [trace(slice(0, 2)), trace(slice(2, 4))]
+
+
+def verdict(traces: list[Trace]) -> bool:
+    """Compare with one process at fp32 bounds."""
+    return compare(CASE, traces, ONE, "fp32", 0.0).ok
+
+
+def test_equal_pieces_agree() -> None:
+    assert verdict(TWO)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 2.0 * (1 + 3e-5)])
+def test_another_loss_or_norm_is_red(value: float) -> None:
+    for field in ("losses", "grad_norms"):
+        wrong = deepcopy(TWO)
+        getattr(wrong[1], field)[0] = value
+        assert not verdict(wrong)
+
+
+@pytest.mark.parametrize("value", [math.nan, 1.01])
+def test_another_weight_is_red(value: float) -> None:
+    wrong = deepcopy(TWO)
+    wrong[0].weights[0][3][0, 0] = value
+    assert not verdict(wrong)
+
+
+def test_a_missing_rectangle_is_red() -> None:
+    assert not verdict(TWO[:1])
+
+
+def test_a_missing_weight_is_red() -> None:
+    assert not verdict([Trace([2.0, 1.5], [1.0, 0.5])])
+
+
+def test_a_key_bias_that_learns_is_red() -> None:
+    assert not verdict([trace(slice(0, 2), 2e-6), TWO[1]])
+
+
+def test_the_cases_hold_what_they_say() -> None:
+    config = tiny_config()
+    assert len({case.name for case in CASES}) == len(CASES) >= 16
+    for case in CASES:
+        assert misfit(config, case) is None
+        data = case_config(config, case, "fp32").data
+        shares = int(str(case.parallel.get("data", 1)))
+        assert data.global_batch == shares * case.accumulation * data.microbatch
+    assert case_config(config, baseline("as-given"), "fp32").data.microbatch == config.data.global_batch
+
+
+def test_a_batch_that_cannot_be_cut_is_named_with_the_next_that_can() -> None:
+    reason = misfit(tiny_config(data={"global_batch": 6}), Case("as-given", {"data": 2}, 2, 4))
+    assert reason is not None
+    assert "data.global_batch=6 must be a multiple of 8" in reason
+    assert reason.endswith("use 8")
