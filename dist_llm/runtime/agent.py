@@ -118,7 +118,8 @@ class _Agent(LocalElasticAgent):
     """The elastic agent, told how long ranks may take to stop, and remembering how each of them ended."""
 
     def __init__(self, spec: WorkerSpec, logs_specs: DefaultLogsSpecs, shutdown_seconds: float) -> None:
-        super().__init__(spec, logs_specs, shutdown_timeout=max(1, round(shutdown_seconds)))
+        super().__init__(spec, logs_specs)
+        self._shutdown_seconds = max(1, round(shutdown_seconds))
         self._forced: frozenset[int] = frozenset()
 
     def exits(self) -> tuple[RankExit, ...]:
@@ -145,7 +146,7 @@ class _Agent(LocalElasticAgent):
         Preempted ranks leave one by one, each after its last write, and may take as long as a shutdown may.
         """
         failed = {code for code in self._codes().values() if code}
-        patience = self._shutdown_timeout if failed == {int(ExitCode.PREEMPTED)} else _NOTICE_SECONDS
+        patience = self._shutdown_seconds if failed == {int(ExitCode.PREEMPTED)} else _NOTICE_SECONDS
         end = time.monotonic() + patience
         while None in self._codes().values() and time.monotonic() < end:
             time.sleep(0.05)
@@ -157,13 +158,14 @@ class _Agent(LocalElasticAgent):
         if self._pcontext is not None:
             self._pcontext.close(death_sig, seconds)
 
-    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int | None = None) -> None:
+        """Stop the ranks in our own time: torch before 2.12 passes none."""
         try:
-            self._force(signal.SIGTERM, timeout)
+            self._force(signal.SIGTERM, self._shutdown_seconds)
         except SignalException:
             self._force(signal.SIGKILL, _FAILURE_GRACE_SECONDS)
             raise
-        super()._shutdown(death_sig, timeout)
+        super()._shutdown(death_sig)
 
 
 def _set_log_level(level: int) -> None:
