@@ -5,6 +5,7 @@ Each class carries the process exit code that schedulers act on (0 is done; see 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -44,7 +45,7 @@ class Violation:
         text = f"{self.key}={shown} {self.rule}"
         if not self.legal:
             return text
-        choices = [str(choice) for choice in self.legal]
+        choices = ["null" if choice is None else str(choice) for choice in self.legal]
         joined = choices[0] if len(choices) == 1 else ", ".join(choices[:-1]) + " or " + choices[-1]
         return f"{text}; use {joined}"
 
@@ -63,6 +64,15 @@ class ConfigError(DistLLMError):
         count = len(self.violations)
         head = f"{count} setting{'s' if count != 1 else ''} cannot be used:"
         super().__init__("\n".join([head, *(f"  {violation}" for violation in self.violations)]))
+
+
+def exit_code_of(error: BaseException, is_peer_loss: Callable[[BaseException], bool]) -> ExitCode:
+    """Return the exit code of an error: its own, 69 for a lost peer, 74 for the operating system's, else 70."""
+    if isinstance(error, DistLLMError):
+        return error.exit_code
+    if is_peer_loss(error):
+        return ExitCode.PEER_LOST
+    return ExitCode.IO if isinstance(error, OSError) else ExitCode.BUG
 
 
 class LayoutError(ConfigError):

@@ -107,13 +107,15 @@ def describe(path: Path) -> dict[str, object]:
 def list_checkpoints(root: Path) -> list[dict[str, object]]:
     """Return a row for each committed checkpoint under `root`, newest first; `problem` is None when it seems sound.
 
-    Only manifests are read: `verify` hashes the files too.
+    Only manifests, sizes and headers are looked at: `verify` hashes the files too.
     """
     rows: list[dict[str, object]] = []
     for step, path in list_steps(root):
         row: dict[str, object] = {"step": step, "path": str(path), "ranks": None, "tensors": None, "bytes": None}
         try:
             manifest, _ = read_manifest(path)
+            for saved in manifest.files:
+                open_saved(path, saved).close()
         except CheckpointError as exc:
             rows.append({**row, "problem": str(exc)})
             continue

@@ -78,7 +78,7 @@ def find_latest_over(
     names = lead(channel, lambda: [path.name for _, path in list_steps(root)])
     refused = []
     for name in names:
-        problem = _shared_problem(channel, root / name, verify)
+        problem = shared_problem(channel, root / name, verify)
         if problem is None:
             return root / name
         refused.append(f"{name}: {problem}")
@@ -195,7 +195,7 @@ def _changed(path: Path, manifest: Manifest, shards: Sequence[TensorShard]) -> l
     return names
 
 
-def _shared_problem(channel: Channel, path: Path, verify: Literal["full", "manifest"]) -> str | None:
+def shared_problem(channel: Channel, path: Path, verify: Literal["full", "manifest"] = "full") -> str | None:
     """Return why a checkpoint is not sound, each rank hashing its share of the files; the same on every rank."""
 
     def look() -> list[str]:

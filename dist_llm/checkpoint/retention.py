@@ -11,17 +11,24 @@ from dist_llm.checkpoint.inspect import list_checkpoints, verify
 from dist_llm.checkpoint.storage import remove_committed, sync_directory
 
 
-def prune(root: Path, keep: int) -> list[Path]:
+def sound_checkpoints(root: Path) -> list[Path]:
+    """Return the checkpoints under `root` whose manifest is sound, newest first."""
+    return [Path(str(row["path"])) for row in list_checkpoints(root) if row["problem"] is None]
+
+
+def prune(root: Path, keep: int, checked: Path | None = None) -> list[Path]:
     """Delete all but the `keep` newest sound checkpoints under `root`; return what was deleted. One rank calls it.
 
-    Damaged ones neither count nor are deleted: they are for a person to look into. When none of those to be kept
-    verifies in full nothing is deleted. StorageError if a deletion fails; what is half deleted has lost its name.
+    checked: one whose every byte the caller has just checked; without it, or when it is not among those to be kept,
+    they are read here until one is found sound. Damaged ones neither count nor are deleted: they are for a person to
+    look into. When none of those to be kept verifies in full nothing is deleted. StorageError if a deletion fails;
+    what is half deleted has lost its name.
     """
     if keep < 1:
         raise ValueError(f"keep={keep}: at least one checkpoint is kept")
-    sound = [Path(str(row["path"])) for row in list_checkpoints(root) if row["problem"] is None]
-    doomed = sound[keep:]
-    if not doomed or all(verify(path) for path in sound[:keep]):
+    sound = sound_checkpoints(root)
+    kept, doomed = sound[:keep], sound[keep:]
+    if not doomed or (checked not in kept and all(verify(path) for path in kept)):
         return []
     for path in reversed(doomed):
         remove_committed(path)

@@ -20,7 +20,7 @@ from dist_llm import __version__
 from dist_llm.checkpoint.agreement import Channel, connect, each, lead
 from dist_llm.checkpoint.cover import IncompleteStateError
 from dist_llm.checkpoint.inspect import read_manifest, verify
-from dist_llm.checkpoint.load import require_equal
+from dist_llm.checkpoint.load import require_equal, shared_problem
 from dist_llm.checkpoint.manifest import (
     DTYPE_BYTES,
     MANIFEST,
@@ -108,9 +108,11 @@ def save_over(channel: Channel, root: Path, step: int, state: TrainState) -> Pat
     final = step_directory(root, step)
     save_id = lead(channel, lambda: _begin(root, step))
     if save_id is None:
-        require_equal(channel, final, state)
-        lead(channel, lambda: sync_directory(root))
-        return final
+        if shared_problem(channel, final) is None:
+            require_equal(channel, final, state)
+            lead(channel, lambda: sync_directory(root))
+            return final
+        save_id = lead(channel, lambda: _stage(root, step))
     staging = staging_directory(root, step, save_id)
     try:
         parts = each(channel, lambda: write_part(staging, channel.rank, step, state))
@@ -152,12 +154,13 @@ def write_part(staging: Path, rank: int, step: int, state: TrainState) -> Part:
 
 
 def _begin(root: Path, step: int) -> str | None:
-    """Clear leftovers and make the staging directory; return its id, or None when a sound checkpoint is there."""
+    """Clear leftovers and make the staging directory; return its id, or None when a checkpoint of the step is there."""
     if not 0 <= step <= MAX_STEP:
         raise IncompleteStateError(f"step {step} is not between 0 and {MAX_STEP}")
-    final = step_directory(root, step)
-    if final.is_dir() and not verify(final):
-        return None
+    return None if step_directory(root, step).is_dir() else _stage(root, step)
+
+
+def _stage(root: Path, step: int) -> str:
     save_id = new_save_id()
     make_root(root)
     remove_leftovers(root)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Never
 
-MAX_NODES = 2_000_000
+MAX_NODES = 20_000_000
 """More values than this in one document are refused before parsing (about 100 bytes of memory each)."""
 MAX_DEPTH = 32
 

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable
 
 from dist_llm.cli.parse import Answer
-from dist_llm.errors import ConfigError, DistLLMError, ExitCode
+from dist_llm.errors import ConfigError, DistLLMError, ExitCode, exit_code_of
 
 INTERRUPTED = 130
 """Exit code of a process ended by Ctrl-C, as shells count it (128 + SIGINT)."""
@@ -64,16 +64,12 @@ def _is_said_elsewhere(error: Exception) -> bool:
 
 
 def exit_code(error: Exception) -> ExitCode:
-    """Return the exit code of an error: its own, 69 for a lost peer, 74 for the operating system's, else 70."""
-    if isinstance(error, DistLLMError):
-        return error.exit_code
-    if "torch" in sys.modules:
-        # Without torch there are no peers, and asking would load it.
-        from dist_llm.runtime.process import is_peer_loss
+    """Return the exit code of an error. Without torch there are no peers, and asking for them would load it."""
+    if "torch" not in sys.modules:
+        return exit_code_of(error, lambda error: False)
+    from dist_llm.runtime.process import is_peer_loss
 
-        if is_peer_loss(error):
-            return ExitCode.PEER_LOST
-    return ExitCode.IO if isinstance(error, OSError) else ExitCode.BUG
+    return exit_code_of(error, is_peer_loss)
 
 
 def _message(error: Exception, code: ExitCode) -> str:

@@ -39,10 +39,13 @@ def main(arguments: argparse.Namespace) -> Answer:
 
 def _finished_step(config: RunConfig) -> int | None:
     """Return the step at which this very run has ended, or None when ranks have something to do."""
+    from dist_llm.checkpoint.inspect import verify
+    from dist_llm.checkpoint.storage import step_directory
     from dist_llm.config.document import render_document
     from dist_llm.telemetry.records import finished_step
 
-    return None if config.run.resume == "never" else finished_step(config.run.folder, render_document(config))
+    step = None if config.run.resume == "never" else finished_step(config.run.folder, render_document(config))
+    return None if step is None or verify(step_directory(config.run.folder / "checkpoints", step)) else step
 
 
 def _checked(arguments: argparse.Namespace) -> RunConfig:

@@ -12,7 +12,7 @@ from dist_llm.config.base import Count, Section
 class RopeConfig(Section):
     """Rotary positions (Su et al. 2021) and the two scalings that published models use."""
 
-    theta: float = Field(10000.0, gt=0)
+    theta: float = Field(10000.0, gt=1)
     scaling: Literal["none", "llama3", "yarn"] = "none"
     factor: float = Field(1.0, ge=1)
     original_max_seq_len: Count = 8192

@@ -63,7 +63,7 @@ class LauncherConfig(Section):
     name: Literal["local", "torchrun", "slurm", "mpi", "container"] = "local"
     nproc: int = Field(1, ge=1, le=4096)
     nodes: int = Field(1, ge=1, le=65536)
-    threads: Count | None = None
+    threads: int | None = Field(None, ge=1, le=4096)
     timeout_seconds: float = Field(600.0, gt=0, le=10**7)
 
 

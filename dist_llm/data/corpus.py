@@ -3,7 +3,7 @@
     path -> find_corpus -> Corpus (files in one fixed order) -> read_documents -> str, str, ...
 
 A file is a document; of a longer one each 8 MiB, cut at a line end, is one, and in JSONL each line `{"text": ...}`.
-In a folder, hidden names, symbolic links and files that are not UTF-8 text are passed over and counted.
+In a folder, hidden names, links and folders of runs are passed over; so are, counted, files that are not UTF-8 text.
 Invariant: same files, same documents in the same order, unchanged to the last byte; memory is bounded by one section.
 """
 
@@ -26,6 +26,7 @@ STDLIB = "stdlib"
 SECTION_BYTES = 8 * MIB
 MAX_LINE_BYTES = 16 * MIB
 _BINARY_PROBE_BYTES = 8192
+_RUN_LOCK = ".lock"
 
 # Third-party packages, tests, tables of character codes, and files that describe the machine Python was built on.
 _STDLIB_PASSED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"})
@@ -86,13 +87,17 @@ def _is_stdlib_source(name: str) -> bool:
 def _walk(root: Path, passed: frozenset[str] = frozenset()) -> Iterator[SourceFile]:
     """Yield the regular, visible files under `root`, a directory's own before its subdirectories', both by name.
 
-    Links are not followed and directories named in `passed` not entered. Raises StorageError.
+    Links are not followed. Not entered: directories named in `passed`, and those of training runs, whose files grow
+    while they are read. Raises StorageError.
     """
 
     def refuse(error: OSError) -> None:
         raise StorageError(f"cannot list {display(error.filename)}: {error.strerror}") from error
 
     for directory, subdirectories, names in os.walk(root, onerror=refuse):
+        if _RUN_LOCK in names and Path(directory) != root:
+            subdirectories.clear()
+            continue
         subdirectories[:] = sorted(
             name for name in subdirectories if not name.startswith(".") and name != "__pycache__" and name not in passed
         )
@@ -137,7 +142,7 @@ def _ignore(name: str, reason: str) -> None:
 
 
 def _documents_of(file: SourceFile, explicit: bool, on_skip: OnSkip) -> Iterator[str]:
-    if file.name.endswith(".jsonl"):
+    if file.name.endswith(".jsonl") and (explicit or _holds_documents(file)):
         yield from _json_lines(file)
         return
     for offset, content in _sections(file):
@@ -179,6 +184,17 @@ def _character_start(content: bytes) -> int:
         if content[-back] & 0xC0 != 0x80:
             return len(content) - back
     return len(content)
+
+
+def _holds_documents(file: SourceFile) -> bool:
+    """Say whether a JSONL file among others is one of documents, by its first line; a log is text like any other."""
+    with open_regular(file.path) as stream, storage_errors("read", file.path):
+        line = stream.readline(MAX_LINE_BYTES + 1)
+    try:
+        _text_of(line, file.name)
+    except DataError:
+        return False
+    return True
 
 
 def _json_lines(file: SourceFile) -> Iterator[str]:

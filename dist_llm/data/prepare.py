@@ -42,6 +42,7 @@ _RECIPE = 1
 """Part of the cache key: to be raised whenever the same input would give other tokens."""
 _BATCH_CHARACTERS = 1 << 20
 _REPORT_SECONDS = 2.0
+_NO_FILES = "no files; links, hidden names and folders of runs are passed over"
 
 
 def prepare(data: DataConfig, tokenizer: TokenizerConfig, vocab_size: int, report: Report) -> PreparedData:
@@ -222,7 +223,7 @@ def _survey(recipe: _Recipe, report: Report) -> _Survey:
         report(f"passed over {len(skipped)} files that are not UTF-8 text (the first: {display(name)}, {reason})")
     if not num_documents:
         held = f"{len(corpus.files)} files, {len(skipped)} of them not UTF-8 text, the others empty"
-        raise DataError(f"data.path={recipe.data.path} holds no text ({held if corpus.files else 'no files'})")
+        raise DataError(f"data.path={recipe.data.path} holds no text ({held if corpus.files else _NO_FILES})")
     return _Survey(num_documents, num_bytes, len(skipped))
 
 

@@ -12,14 +12,19 @@ from dist_llm.config.decode import decode
 from dist_llm.config.document import read_document
 from dist_llm.config.run import RunConfig
 from dist_llm.data.tokenizer import Tokenizer
-from dist_llm.errors import CheckpointError
+from dist_llm.errors import CheckpointError, ConfigError
 from dist_llm.models.transformer import Transformer
 from dist_llm.types import TensorShard, TrainState
 
 
 def read_run(run_dir: Path) -> RunConfig:
     """Return the config that a run folder holds; StorageError when it cannot be read."""
-    return decode(read_document(run_dir / "config.yaml"))
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(
+            f"{run_dir} is not the folder of a run: it holds no config.yaml; name one such as runs/default"
+        )
+    return decode(read_document(path))
 
 
 def load_model(run_dir: Path) -> Transformer:

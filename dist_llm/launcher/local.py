@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 SHUTDOWN_SECONDS = 120.0
 """How long ranks may take to save after a termination signal; a scheduler's own limit is usually shorter."""
 
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code of a launch that Ctrl-C ended before its ranks could save, as shells count it."""
+
 _MEANINGS = {
     ExitCode.BAD_DATA: "data or checkpoint damaged",
     ExitCode.PEER_LOST: "a peer or the store was lost; retry",
@@ -56,6 +59,8 @@ def judge(end: RanksEnd) -> tuple[int, str]:
             return int(ExitCode.DONE), ""
         return int(ExitCode.PEER_LOST), f"dist-llm launch: {end.stopped_by.name} before the ranks were started"
     cause = min(failed, key=lambda exit_: (_precedence(exit_), exit_.rank))
+    if end.stopped_by is signal.SIGINT and _exit_code(cause) == ExitCode.PEER_LOST:
+        return INTERRUPTED, "dist-llm launch: interrupted"
     told = f" after {end.stopped_by.name}" if end.stopped_by is not None else ""
     line = f"dist-llm launch: rank {cause.rank} of {len(end.exits)} {_account(cause)}{told}"
     return _exit_code(cause), line

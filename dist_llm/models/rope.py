@@ -41,7 +41,8 @@ class RopeTable:
         key, length = (like.device, dtype), like.shape[1]
         if key not in self._tables or len(self._tables[key][0]) < length:
             freqs, magnitude = scaled_frequencies(self._config.rope, self._config.head_width)
-            cos, sin = ops.rotation_table(freqs, length, magnitude)
+            # Generation asks for one more token each time: the next power of two.
+            cos, sin = ops.rotation_table(freqs, 1 << (length - 1).bit_length(), magnitude)
             self._tables[key] = (cos.to(like.device, dtype), sin.to(like.device, dtype))
         cos, sin = self._tables[key]
         return cos[:length], sin[:length]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -144,10 +145,18 @@ class StageTensors:
     tokens_shape: tuple[int, ...]
 
 
+_DECLARES_GRADIENTS = "input_grads" in signature(PipelineStage).parameters
+"""Whether torch's stage wants to be told the gradients' shapes; before 2.12 it takes them from the values'."""
+
+
 def _build_stage(part: StageModule, crossing: StageTensors, axis: Axis, device: torch.device) -> _Stage:
     hidden = torch.empty(crossing.shape, dtype=crossing.dtype, device="meta", requires_grad=True)
     tokens = torch.empty(crossing.tokens_shape, dtype=torch.int64, device="meta")
     first, last = part.index == 0, part.index == part.count - 1
+    grads: dict[str, Any] = {
+        "input_grads": None if first else hidden.detach(),
+        "output_grads": None if last else hidden.detach(),
+    }
     return _Stage(
         _Plain(part.model),
         part.index,
@@ -155,9 +164,8 @@ def _build_stage(part: StageModule, crossing: StageTensors, axis: Axis, device: 
         device,
         input_args=tokens if first else hidden,
         output_args=hidden,
-        input_grads=None if first else hidden.detach(),
-        output_grads=None if last else hidden.detach(),
         group=axis.group,
+        **(grads if _DECLARES_GRADIENTS else {}),
     )
 
 

@@ -67,10 +67,13 @@ def discover_ranks(env: Mapping[str, str] | None = None) -> RankInfo:
     Raises LayoutError when they are incomplete, not numbers, or contradict each other.
     """
     env = os.environ if env is None else env
+    under_slurm = _SLURM.rank in env and _SLURM.world_size in env
     for names in _LAUNCHERS:
-        if names.rank in env or names.world_size in env:
+        # srun's pmi2 plugin sets PMI_RANK and PMI_SIZE as MPICH does, but not where a rank is on its node.
+        from_srun = under_slurm and names.local_rank not in env
+        if not from_srun and (names.rank in env or names.world_size in env):
             return _read(env, names)
-    if _SLURM.rank in env and _SLURM.world_size in env:
+    if under_slurm:
         tasks = _slurm_tasks_here(env)
         return _read({**env, **({_SLURM.local_world_size: str(tasks)} if tasks is not None else {})}, _SLURM)
     return RankInfo(0, 1, 0, 1)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch.distributed as dist
 
-from dist_llm.checkpoint.agreement import connect, lead
+from dist_llm.checkpoint.agreement import connect, lead, together
 from dist_llm.checkpoint.inspect import read_manifest
-from dist_llm.checkpoint.load import find_latest, load
+from dist_llm.checkpoint.load import find_latest, load, shared_problem
 from dist_llm.checkpoint.manifest import check_identity
-from dist_llm.checkpoint.retention import prune
+from dist_llm.checkpoint.retention import prune, sound_checkpoints
 from dist_llm.checkpoint.save import save
+from dist_llm.checkpoint.storage import step_directory
 from dist_llm.config.operations import CheckpointConfig
 from dist_llm.engine.base import Engine
-from dist_llm.errors import CheckpointError
+from dist_llm.errors import ConfigError, Violation
 from dist_llm.runtime.seed import generator_state, set_generator_state
 from dist_llm.types import StepRecord, TensorShard, TrainState
 
@@ -64,7 +65,14 @@ class Checkpoints:
         save(self.root, step, self._state(tokens, with_rng=True), self.group)
         self.saved_step = step
         self.report(step)
-        lead(connect(self.group), lambda: prune(self.root, self.config.keep) and None)
+        self._prune(step)
+
+    def _prune(self, step: int) -> None:
+        """Delete what is older than is kept, once the newest has been read back: each rank hashes its share of it."""
+        channel, root, keep = connect(self.group), self.root, self.config.keep
+        newest = step_directory(root, step)
+        if lead(channel, lambda: len(sound_checkpoints(root)) > keep) and shared_problem(channel, newest) is None:
+            lead(channel, lambda: prune(root, keep, checked=newest) and None)
 
     def restore(self, must: bool) -> tuple[int, int]:
         """Load the newest sound checkpoint; return (steps done, tokens seen), zeros when there is none.
@@ -72,12 +80,9 @@ class Checkpoints:
         CheckpointMismatch when it is of another model, tokenizer or data; RNG state returns on the same layout only.
         """
         path = find_latest(self.root, self.group)
+        saved = together(connect(self.group), lambda: self._read_facts(path, must))
         if path is None:
-            if must:
-                raise CheckpointError(f"run.resume=must, and {self.root} holds no checkpoint; use run.resume=auto")
             return 0, 0
-        saved = read_manifest(path)[0].facts
-        check_identity(_mapping(saved.get("identity")), self.identity)
         self._say_changes(_mapping(saved.get("recipe")))
         same_layout = saved.get("layout") == self.layout
         state = self._state(0, with_rng=same_layout)
@@ -87,9 +92,26 @@ class Checkpoints:
             prefix, suffix = "rng.", f".rank-{dist.get_rank()}"
             rng = {s.name[len(prefix) : -len(suffix)]: s.data for s in state.tensors if s.name.startswith(prefix)}
             set_generator_state(rng)
+        elif self.identity.get("model.attention_dropout"):
+            self.warn("resuming on another layout: attention dropout goes on with other random numbers")
         step, tokens = int(str(facts["step"])), int(str(facts["tokens"]))
         self.saved_step = step
         return step, tokens
+
+    def _read_facts(self, path: Path | None, must: bool) -> Mapping[str, object]:
+        """Return the facts of the checkpoint to resume from, none where there is none, if it is this run's."""
+        if path is None:
+            if must:
+                rule = f"goes on from a checkpoint, and {self.root} holds none"
+                raise ConfigError([Violation("run.resume", "must", rule, ("auto",))])
+            return {}
+        facts = read_manifest(path)[0].facts
+        check_identity(
+            _mapping(facts.get("identity")),
+            self.identity,
+            f"the run in {self.root.parent} (another run.name starts another)",
+        )
+        return facts
 
     def _say_changes(self, before: dict[str, object]) -> None:
         changed = [key for key, value in self.recipe.items() if before.get(key) != value]

@@ -24,14 +24,23 @@ def recipe_of(config: RunConfig) -> dict[str, object]:
     """Return the JSON-able settings that change later steps but not what the checkpoint means; a change is said."""
     return {
         "run.steps": config.run.steps,
+        "precision": config.precision.name,
         **{f"optimizer.{key}": value for key, value in config.optimizer.model_dump(mode="json").items()},
         **{f"schedule.{key}": value for key, value in config.schedule.model_dump(mode="json").items()},
     }
 
 
 def layout_of(config: RunConfig, world_size: int, device: str) -> dict[str, object]:
-    """Return the JSON-able facts under which a resume is bit-equal: layout, device, formats, what orders additions."""
+    """Return the JSON-able facts under which a resume is bit-equal: layout, device, formats, what orders additions.
+
+    However the config spells it: the data axis is derived, and what a layout does not use is left out.
+    """
     facts: dict[str, object] = dict(config.parallel.model_dump(mode="json"))
+    facts["data"] = world_size // config.parallel.model_ranks
+    if config.parallel.pipeline == 1:
+        del facts["schedule"]
+    if config.parallel.context == 1:
+        del facts["context_method"]
     facts.update(world_size=world_size, microbatch=config.data.microbatch, engine=config.engine.name)
     facts.update(device=device, compute=config.precision.compute, deterministic=config.run.deterministic)
     return facts

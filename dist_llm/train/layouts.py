@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dist_llm.config.model import ModelConfig
+from dist_llm.config.parallel import ParallelConfig
 from dist_llm.config.run import RunConfig
 
 
@@ -24,10 +25,22 @@ class Case:
         axes = [f"{key}={value}" for key, value in self.parallel.items()]
         return " ".join([self.variant, f"ranks={self.ranks}", *axes, f"accumulation={self.accumulation}"])
 
+    def is_like(self, other: Case) -> bool:
+        """Say whether both are the same training, however they spell it."""
+        mine, theirs = ({**_DEFAULTS, "data": 1, **case.parallel} for case in (self, other))
+        return (self.variant, self.ranks, self.accumulation, mine) == (
+            other.variant,
+            other.ranks,
+            other.accumulation,
+            theirs,
+        )
+
 
 def _case(variant: str, ranks: int, accumulation: int, **parallel: object) -> Case:
     return Case(variant, parallel, ranks, accumulation)
 
+
+_DEFAULTS = ParallelConfig().model_dump()
 
 CASES: tuple[Case, ...] = (
     _case("as-given", 2, 1, data=2, zero=0),
@@ -88,6 +101,15 @@ def case_config(config: RunConfig, case: Case, precision: str) -> RunConfig:
     tree["precision"] = {"name": precision}
     tree["launcher"]["nproc"] = case.ranks
     return RunConfig.model_validate(tree)
+
+
+def given(config: RunConfig) -> Case:
+    """Return the case of the layout that the run itself asks for, all its settings kept."""
+    parallel = {key: value for key, value in config.parallel.model_dump().items() if value != _DEFAULTS[key]}
+    ranks = config.launcher.nproc * config.launcher.nodes
+    data = ranks // config.parallel.model_ranks
+    accumulation = config.data.global_batch // (data * config.data.microbatch)
+    return Case("as-given", {**parallel, "zero": config.parallel.zero, "data": data}, ranks, accumulation)
 
 
 def baseline(variant: str) -> Case:

@@ -27,7 +27,7 @@ class NumericsGuard:
         if self.in_a_row >= self.limit:
             error = NumericsError(
                 f"{self.in_a_row} steps in a row had a non-finite loss or gradient (precision.max_skipped_steps="
-                f"{self.limit}); the last good checkpoint is kept: lower optimizer.lr or raise the precision"
+                f"{self.limit}); no checkpoint holds a bad step: lower optimizer.lr or raise the precision"
             )
             error.shared = True
             raise error

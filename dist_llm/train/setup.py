@@ -12,6 +12,9 @@ import torch.distributed as dist
 
 from dist_llm.accounting.flops import step_flops
 from dist_llm.checkpoint.agreement import connect, lead, together
+from dist_llm.checkpoint.manifest import check_identity
+from dist_llm.config.decode import decode
+from dist_llm.config.document import read_document
 from dist_llm.config.run import RunConfig
 from dist_llm.data.indexed import IndexedDataset
 from dist_llm.data.loader import Split, TokenLoader
@@ -19,16 +22,16 @@ from dist_llm.data.prepare import prepare
 from dist_llm.data.prepared import PreparedData
 from dist_llm.data.tokenizer import Tokenizer
 from dist_llm.engine.build import build_engine
-from dist_llm.errors import ConfigError, ExitCode, Violation
+from dist_llm.errors import ConfigError, DistLLMError, ExitCode, Violation, exit_code_of
 from dist_llm.runtime.device import peak_memory_gib
 from dist_llm.runtime.log import get_logger
 from dist_llm.runtime.mesh import build_control_group, build_mesh
-from dist_llm.runtime.process import start_process, stop_process, usable_cores
+from dist_llm.runtime.process import is_peer_loss, start_process, stop_process, usable_cores
 from dist_llm.runtime.ranks import RankInfo
 from dist_llm.runtime.seed import set_determinism
 from dist_llm.telemetry.live import LiveLine
 from dist_llm.telemetry.meters import Meter
-from dist_llm.telemetry.records import REPORT_FILE, EventKind, RunFiles
+from dist_llm.telemetry.records import CONFIG_FILE, REPORT_FILE, EventKind, RunFiles, read_metrics
 from dist_llm.telemetry.tensorboard import TensorBoard
 from dist_llm.telemetry.wandb import WandB
 from dist_llm.train.checkpoints import Checkpoints
@@ -62,7 +65,7 @@ def run(config: RunConfig, config_yaml: str, ranks: RankInfo) -> Outcome:
         # Only attention dropout draws from torch's own stream: ranks hold other samples or heads and must not share it.
         set_determinism((config.run.seed + ranks.rank) % 2**63, config.run.deterministic)
         control = build_control_group(config.launcher.timeout_seconds)
-        say = log.info if ranks.rank == 0 else _silent
+        say = log.info if ranks.rank == 0 else _say_what_is_done
         model = config.model
         prepared = together(connect(control), lambda: prepare(config.data, config.tokenizer, model.vocab_size, say))
         with contextlib.closing(_Run(config, config_yaml, prepared, device, control)) as started:
@@ -71,8 +74,10 @@ def run(config: RunConfig, config_yaml: str, ranks: RankInfo) -> Outcome:
         stop_process()
 
 
-def _silent(message: str) -> None:
-    """Say nothing: rank 0 speaks for all."""
+def _say_what_is_done(message: str) -> None:
+    """Say what this rank prepares while the others wait; that it waits itself rank 0 says for all."""
+    if not message.startswith("waiting"):
+        log.warning(message)
 
 
 class _Run:
@@ -115,7 +120,23 @@ class _Run:
         if self._config.run.resume == "never" and holds_run:
             rule = f"starts afresh, and {self._dir} already holds a run; name another run.name or resume"
             raise ConfigError([Violation("run.resume", "never", rule, ("auto", "must"))])
+        self._require_same_run(prepared)
         self._config_yaml, self._prepared = config_yaml, prepared
+
+    def _require_same_run(self, prepared: PreparedData) -> None:
+        """Refuse to go on with a run of another model or data, though it left no checkpoint. CheckpointMismatch."""
+        if not read_metrics(self._dir):
+            return
+        try:
+            before = decode(read_document(self._dir / CONFIG_FILE))
+        except DistLLMError:
+            return
+        facts = (prepared.tokenizer_sha256, prepared.fingerprint)
+        check_identity(
+            identity_of(before, *facts),
+            identity_of(self._config, *facts),
+            f"the run in {self._dir} (another run.name starts another)",
+        )
 
     def _open_data(self, prepared: PreparedData) -> dict[Split, TokenLoader]:
         """Return the readers of this process's share of the batches: of training and, where kept apart, validation."""
@@ -139,6 +160,7 @@ class _Run:
         if done >= config.run.steps and done:
             log.info("run %s is done: step %d of %d, %s", config.run.name, done, config.run.steps, self._dir)
             return Outcome(ExitCode.DONE, report_due=not (self._dir / REPORT_FILE).is_file())
+        self._step = done
         lead(self._channel, self._open_files)
         layout = layout_of(config, dist.get_world_size(), self._device.type)
         reason = f"from checkpoint {done}" if done else "no checkpoint"
@@ -148,8 +170,8 @@ class _Run:
         try:
             reached = self._loop(done, tokens)
         except BaseException as error:
-            code = int(getattr(error, "exit_code", ExitCode.BUG))
-            self._event("fault", -1, f"{type(error).__name__}: {error}", code=code)
+            code = exit_code_of(error, is_peer_loss)
+            self._event("fault", self._step, f"{type(error).__name__}: {error}", code=int(code))
             raise
         finished = reached >= config.run.steps
         outcome = Outcome(ExitCode.DONE if finished else ExitCode.PREEMPTED, finished)
@@ -164,7 +186,7 @@ class _Run:
             meter = self._meter(tokens)
             guard = NumericsGuard(self._config.precision.max_skipped_steps, self._event)
             shown = together(self._channel, lambda: self._rank_0_hooks(done, closers))
-            hooks: list[Hook] = [*map(self._interruption.shield, shown), guard.after_step]
+            hooks: list[Hook] = [self._note_step, *map(self._interruption.shield, shown), guard.after_step]
             hooks += [*self._evaluation(), self._checkpoints.after_step]
             span = Span(done, self._config.run.steps)
             reached = loop(self._engine, self._loaders["train"], span, meter, hooks, self._interruption.agreed)
@@ -181,7 +203,11 @@ class _Run:
     def _open_files(self) -> None:
         self._files = RunFiles(self._dir)
         self._files.write_config(self._config_yaml)
+        (self._dir / REPORT_FILE).unlink(missing_ok=True)
         shutil.copyfile(self._prepared.tokenizer_path, self._dir / "tokenizer.model")
+
+    def _note_step(self, record: StepRecord) -> None:
+        self._step = record.step
 
     def _say(self, message: str) -> None:
         if self._leads:

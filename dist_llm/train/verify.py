@@ -1,7 +1,8 @@
 """Prove that layouts train the same model: the same steps in one process and in many, compared tensor by tensor.
 
-Bounds (relative): fp32 losses and gradient norms 1e-5, weights ||a-b|| / ||b|| 1e-5; fp64 all 1e-9. A key bias has
-no true gradient under softmax and Adam turns its rounding into steps, so its gradient is held to 1e-6 of the norm.
+Bounds (relative): fp32 losses and gradient norms 1e-5, weights ||a-b|| / ||b|| 1e-5; fp64 all 1e-9. A key bias that is
+added alike at every position has no true gradient under softmax and Adam turns its rounding into steps, so its gradient
+is held to 1e-6 of the norm; under rotary positions or QK-norm it has one, and it is compared as any weight.
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ import torch
 from numpy.typing import NDArray
 
 from dist_llm.config.checks import check
+from dist_llm.config.model import ModelConfig
 from dist_llm.config.run import RunConfig
 from dist_llm.data.indexed import IndexedDataset
 from dist_llm.data.loader import TokenLoader
 from dist_llm.data.prepare import prepare
 from dist_llm.data.tokenizer import Tokenizer
 from dist_llm.engine.native import NativeEngine
+from dist_llm.errors import ConfigError, Violation
 from dist_llm.runtime.mesh import build_mesh
 from dist_llm.runtime.pool import WorkerPool
-from dist_llm.train.layouts import CASES, Case, baseline, case_config, misfit
+from dist_llm.train.layouts import CASES, Case, baseline, case_config, given, misfit
 
 Array = NDArray[Any]
 
@@ -47,11 +50,15 @@ class Trace:
     key_bias_shares: list[dict[str, float]] = field(default_factory=list)
 
 
-class _KeyBias:
-    """Notes the norm of this rank's primary key-bias gradients at each step, before the optimizer rescales them."""
+class KeyBias:
+    """Notes the norm of this rank's primary key-bias gradients at each step, before the optimizer rescales them.
 
-    def __init__(self, engine: NativeEngine) -> None:
+    None where positions or a norm act on the key after its bias, which then has a gradient like any weight.
+    """
+
+    def __init__(self, engine: NativeEngine, model: ModelConfig) -> None:
         self._engine = engine
+        self._adds_alike = model.position != "rope" and not model.qk_norm
         self.norms: list[dict[str, float]] = []
 
     def observe(self, phase: str) -> None:
@@ -63,7 +70,7 @@ class _KeyBias:
             {
                 name: gradient.double().norm().item()
                 for name, gradient in gradients.items()
-                if gradient is not None and _is_key_bias(name)
+                if gradient is not None and self._adds_alike and name.endswith("attention.wk.bias")
             }
         )
 
@@ -71,7 +78,7 @@ class _KeyBias:
 def train_case(config: RunConfig, prefix: Path, eos_id: int, steps: int) -> Trace:
     """Train the first `steps` steps in the current process group and return this rank's trace."""
     engine = NativeEngine(config, build_mesh(config.parallel, torch.device("cpu")))
-    key_bias = _KeyBias(engine)
+    key_bias = KeyBias(engine, config.model)
     engine.observe = key_bias.observe
     loader = TokenLoader(
         IndexedDataset(prefix), config.data, config.run.seed, engine.data_slice, eos_id, config.model.vocab_size
@@ -87,10 +94,6 @@ def train_case(config: RunConfig, prefix: Path, eos_id: int, steps: int) -> Trac
     engine.close()
     gc.collect()
     return trace
-
-
-def _is_key_bias(name: str) -> bool:
-    return name.endswith("attention.wk.bias")
 
 
 def _whole_weights(traces: list[Trace]) -> dict[str, Array]:
@@ -138,9 +141,10 @@ class Difference:
 def compare(case: Case, traces: list[Trace], one: list[Trace], precision: str, seconds: float) -> Difference:
     """Return how far the ranks of a case are from one process; what is missing or not a number differs infinitely."""
     ours, theirs = _whole_weights(traces), _whole_weights(one)
+    without_gradient = {name for trace in one for shares in trace.key_bias_shares for name in shares}
     worst, worst_name = 0.0, ""
     for name, reference in theirs.items():
-        if _is_key_bias(name):
+        if name in without_gradient:
             continue
         scale = float(np.linalg.norm(reference.astype(np.float64)))
         mine = ours.get(name, np.full_like(reference, np.nan))
@@ -165,14 +169,15 @@ def verify_layout(
     report: Callable[[str], None] = lambda message: None,
     train: Callable[[RunConfig, Path, int, int], Trace] = train_case,
 ) -> dict[str, object]:
-    """Train `steps` steps in one process and in every legal case, and return the differences as JSON-able facts.
+    """Train `steps` steps in one process, on the layout of the config and in every legal case; return the differences.
 
-    layouts: `all`, or text that a case's name must contain. `ok` is true when every difference is within its bound.
+    layouts: `all`, or text that a case's name must contain. The facts are JSON-able; `ok` is true when every difference
+    is within its bound.
     """
     precision = "fp64" if fp64 else "fp32"
+    chosen = choose(config, layouts)
     prepared = prepare(config.data, config.tokenizer, config.model.vocab_size, report)
     eos_id = Tokenizer.load(prepared.tokenizer_path).eos_id
-    chosen = [case for case in CASES if layouts == "all" or layouts in case.name]
     rows: list[Difference] = []
     refused: dict[str, str] = {}
     references: dict[str, list[Trace]] = {}
@@ -197,6 +202,17 @@ def verify_layout(
             rows.append(row)
             report(_line(row))
     return _summary(rows, refused, precision, steps)
+
+
+def choose(config: RunConfig, layouts: str) -> list[Case]:
+    """Return the config's own layout and the cases, or those whose name contains `layouts`; ConfigError if none."""
+    own = given(config)
+    cases = [own, *(case for case in CASES if not case.is_like(own))] if own.ranks > 1 else list(CASES)
+    chosen = [case for case in cases if layouts == "all" or layouts in case.name]
+    if not chosen:
+        rule = "is in the name of no layout; names are such as"
+        raise ConfigError([Violation("--layouts", layouts, rule, tuple(case.name for case in cases[:3]))])
+    return chosen
 
 
 def _line(row: Difference) -> str:

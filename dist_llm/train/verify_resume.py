@@ -19,8 +19,6 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from dist_llm.checkpoint.load import load
-from dist_llm.checkpoint.save import save
 from dist_llm.config.checks import check
 from dist_llm.config.run import RunConfig
 from dist_llm.data.indexed import IndexedDataset
@@ -28,8 +26,11 @@ from dist_llm.data.loader import TokenLoader
 from dist_llm.data.prepare import prepare
 from dist_llm.data.tokenizer import Tokenizer
 from dist_llm.engine.native import NativeEngine
-from dist_llm.runtime.mesh import build_mesh
+from dist_llm.runtime.mesh import build_control_group, build_mesh
 from dist_llm.runtime.pool import WorkerPool
+from dist_llm.runtime.seed import set_determinism
+from dist_llm.train.checkpoints import Checkpoints
+from dist_llm.train.identity import identity_of, layout_of, recipe_of
 
 Array = NDArray[Any]
 
@@ -67,15 +68,27 @@ def run_leg(config: RunConfig, prefix: Path, eos_id: int, root: Path, leg: Leg) 
     loader = TokenLoader(
         IndexedDataset(prefix), config.data, config.run.seed, engine.data_slice, eos_id, config.model.vocab_size
     )
+    checkpoints = Checkpoints(
+        root=root,
+        config=config.checkpoint,
+        engine=engine,
+        group=build_control_group(300.0),
+        identity=identity_of(config, "", ""),
+        layout=layout_of(config, dist.get_world_size(), "cpu"),
+        recipe=recipe_of(config),
+        report=lambda step: None,
+        warn=lambda message: None,
+    )
+    set_determinism(config.run.seed + dist.get_rank(), config.run.deterministic)
     if leg.start:
-        engine.restore(load(root / f"step-{leg.start:08d}", engine.state(), dist.group.WORLD))
+        checkpoints.restore(must=True)
     losses, samples = {}, {}
     for step in range(leg.start, leg.stop):
         batch = loader.batch(step)
         samples[step] = [_sample(*row) for row in zip(batch.samples.tolist(), batch.tokens, strict=True)]
         losses[step] = engine.train_step(batch).loss
     if leg.keep:
-        save(root, leg.stop, engine.state(), dist.group.WORLD)
+        checkpoints.save(leg.stop, tokens=0)
     held = [(s.name, s.shape, s.offsets, s.data.numpy().copy()) for s in engine.state().tensors if s.primary]
     engine.close()
     return Outcome(losses, samples, held)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -54,6 +55,14 @@ def test_a_vocabulary_larger_than_the_corpus_supports(place: Place, copied: Path
 
 
 def test_a_checkpoint_of_another_model(place: Place, copied: Path) -> None:
+    before = snapshot(copied)
+    done = run(["train", *place.words("copy", "model.hidden_size=64", *ALONE)], place.folder)
+    refused(done, 78, "model.hidden_size=64", "use 32")
+    assert snapshot(copied) == before
+
+
+def test_a_run_of_another_model_that_left_no_checkpoint(place: Place, copied: Path) -> None:
+    shutil.rmtree(copied / "checkpoints")
     before = snapshot(copied)
     done = run(["train", *place.words("copy", "model.hidden_size=64", *ALONE)], place.folder)
     refused(done, 78, "model.hidden_size=64", "use 32")

@@ -104,3 +104,13 @@ def test_generate_and_checkpoint_verify_read_the_run(place: Place, whole: Path) 
     sound = run(["checkpoint", "verify", str(whole), "--json"], place.folder)
     assert sound.returncode == 0, sound.stderr
     assert json.loads(sound.stdout)["ok"] is True
+
+
+def test_a_done_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(place: Place, copied: Path) -> None:
+    last = copied / "checkpoints" / f"step-{STEPS:08d}"
+    (last / "rank-00000.safetensors").unlink()
+    words = place.words("copy", *FOUR_RANKS, "telemetry.sample_tokens=8")
+    again = run(["launch", *words], place.folder)
+    assert again.returncode == 0, again.stderr
+    assert "passed over" in again.stderr
+    assert [event["kind"] for event in lines(copied / "events.jsonl")][-3:] == ["resume", "save", "stop"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -102,5 +103,6 @@ def curve(config: RunConfig, steps: int = 5) -> Curve:
 
 
 def largest_gap(ours: Curve, theirs: Curve) -> float:
-    """Return the largest relative difference of loss or gradient norm."""
-    return max(abs(a - b) / abs(b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True))
+    """Return the largest relative difference of loss or gradient norm; infinite where one is not a number."""
+    gaps = [abs(a - b) / abs(b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True)]
+    return max(gap if math.isfinite(gap) else math.inf for gap in gaps)

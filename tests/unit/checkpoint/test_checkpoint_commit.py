@@ -191,6 +191,7 @@ def test_all_is_durable_before_the_rename_and_the_rename_after(root: Path, monke
     monkeypatch.setattr(os, "fsync", seen_fsync)
     monkeypatch.setattr(os, "rename", seen_rename)
     save_on_ranks(root, 1, split(full_tensors(), "pp2_tp2"))
+    assert done.pop(0) == ("sync", root.parent.name)
     assert sorted(done[:4]) == [("sync", f"rank-0000{rank}.safetensors") for rank in range(4)]
     assert done[4:7] == [("sync", "manifest.json"), ("sync", "manifest.sha256"), ("sync", "step-00000001")]
     assert done[7:] == [("rename", "step-00000001"), ("sync", "checkpoints")]

@@ -14,9 +14,9 @@ import torch
 
 from dist_llm.checkpoint.cover import cover_problem
 from dist_llm.checkpoint.load import load
-from dist_llm.checkpoint.manifest import check_identity, parse_manifest, sidecar_text
+from dist_llm.checkpoint.manifest import MAX_MANIFEST_BYTES, check_identity, parse_manifest, sidecar_text
 from dist_llm.checkpoint.save import save
-from dist_llm.checkpoint.strict_json import dump, parse, plain
+from dist_llm.checkpoint.strict_json import MAX_NODES, dump, parse, plain
 from dist_llm.errors import CheckpointError, CheckpointMismatch
 from dist_llm.types import TrainState
 from tests.unit.checkpoint.synthetic import blank, grid, same_bits, split
@@ -189,9 +189,9 @@ def test_a_million_entries_are_refused_in_seconds(key: str | None) -> None:
         with pytest.raises(CheckpointError):
             parse_manifest(text, "it")
     with pytest.raises(CheckpointError, match="larger than"):
-        parse_manifest(b" " * (32 * 2**20 + 1), "it")
+        parse_manifest(b" " * (MAX_MANIFEST_BYTES + 1), "it")
     with pytest.raises(CheckpointError, match="values"):
-        parse_manifest(b"[" + b"[]," * 2_000_000 + b"[]]", "it")
+        parse_manifest(b"[" + b"[]," * MAX_NODES + b"[]]", "it")
     assert time.process_time() - started < 15  # about 2 on one idle core
 
 

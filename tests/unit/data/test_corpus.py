@@ -187,3 +187,22 @@ def test_the_signature_follows_names_sizes_and_times(tmp_path: Path) -> None:
     file.rename(file.with_name("other.py"))
     renamed = find_corpus(str(root)).signature()
     assert len({before, touched, renamed}) == 3
+
+
+def test_a_run_inside_a_folder_is_not_its_text(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("print(1)\n")
+    before = find_corpus(str(tmp_path)).signature()
+    run = tmp_path / "runs" / "default"
+    (run / "checkpoints").mkdir(parents=True)
+    for name in (".lock", "config.yaml", "events.jsonl", "checkpoints/manifest.json"):
+        (run / name).write_text("{}\n")
+    assert list(iter_documents(str(tmp_path))) == ["print(1)\n"]
+    assert find_corpus(str(tmp_path)).signature() == before
+
+
+def test_in_a_folder_a_log_in_jsonl_is_text_and_documents_are_documents(tmp_path: Path) -> None:
+    (tmp_path / "documents.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (tmp_path / "log.jsonl").write_text('{"time": 1}\n')
+    assert list(iter_documents(str(tmp_path))) == ["one", "two", '{"time": 1}\n']
+    with pytest.raises(DataError, match='string "text"'):
+        list(iter_documents(str(tmp_path / "log.jsonl")))

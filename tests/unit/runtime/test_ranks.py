@@ -80,3 +80,14 @@ def test_an_incomplete_environment_names_what_is_missing(missing: str) -> None:
 def test_unreadable_tasks_per_node_is_refused() -> None:
     with pytest.raises(LayoutError, match="SLURM_STEP_TASKS_PER_NODE"):
         discover_ranks({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "four"})
+
+
+def test_srun_with_the_pmi2_plugin_is_srun() -> None:
+    slurm = {
+        "SLURM_PROCID": "3",
+        "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    }
+    ranks = discover_ranks({**slurm, "PMI_RANK": "3", "PMI_SIZE": "4"})
+    assert (ranks.rank, ranks.world_size, ranks.local_rank, ranks.local_world_size) == (3, 4, 1, 2)

@@ -8,9 +8,12 @@ from copy import deepcopy
 import numpy as np
 import pytest
 
-from dist_llm.train.layouts import CASES, Case, baseline, case_config, misfit
-from dist_llm.train.verify import Trace, compare
-from tests.parallel.tiny import tiny_config
+from dist_llm.config.run import RunConfig
+from dist_llm.errors import ConfigError
+from dist_llm.runtime.pool import WorkerPool
+from dist_llm.train.layouts import CASES, Case, baseline, case_config, given, misfit
+from dist_llm.train.verify import KeyBias, Trace, choose, compare
+from tests.parallel.tiny import GPT2, build, random_batch, tiny_config
 
 CASE = Case("as-given", {"data": 2}, 2, 1)
 
@@ -75,6 +78,36 @@ def test_the_cases_hold_what_they_say() -> None:
         shares = int(str(case.parallel.get("data", 1)))
         assert data.global_batch == shares * case.accumulation * data.microbatch
     assert case_config(config, baseline("as-given"), "fp32").data.microbatch == config.data.global_batch
+
+
+def test_the_layout_of_the_config_comes_first_once() -> None:
+    config = tiny_config({"tensor": 4, "recompute": "full"}, launcher={"nproc": 4})
+    own = given(config)
+    assert case_config(config, own, "fp32").parallel.recompute == "full"
+    assert [case.name for case in choose(config, "all")][:1] == [own.name]
+    known = tiny_config({"tensor": 2, "zero": 0}, data={"microbatch": 2}, launcher={"nproc": 2})
+    assert len(choose(known, "all")) == len(CASES)
+    assert len(choose(tiny_config(), "all")) == len(CASES)
+
+
+def test_a_text_in_no_name_is_a_mistake() -> None:
+    with pytest.raises(ConfigError, match="--layouts=typo"):
+        choose(tiny_config(), "typo")
+
+
+def test_a_key_bias_has_no_gradient_only_where_it_is_added_alike(pool: WorkerPool) -> None:
+    for model, expected in (({"bias": True}, []), ({**GPT2, "qk_norm": True}, []), (GPT2, 4 * ["wk.bias"])):
+        names = pool.run(key_biases, tiny_config(model=model), world=1)[0]
+        assert [name.partition("attention.")[2] for name in names] == expected
+
+
+def key_biases(config: RunConfig) -> list[str]:
+    """Return the key biases whose gradient `verify layout` takes for zero."""
+    engine = build(config)
+    watch = KeyBias(engine, config.model)
+    engine.observe = watch.observe
+    engine.train_step(random_batch(config, engine.data_slice, 0))
+    return sorted(watch.norms[0])
 
 
 def test_a_batch_that_cannot_be_cut_is_named_with_the_next_that_can() -> None:
