@@ -17,6 +17,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
+from dist_llm.accounting.params import padded_vocab
 from dist_llm.accounting.stages import plan_stages
 from dist_llm.config.run import RunConfig
 from dist_llm.engine.loss_scale import LossScale
@@ -87,7 +88,9 @@ class NativeEngine:
             return Accumulation(stages[0].part.model, self._loss, cut, parallel.zero)
         length = data.seq_len // self._mesh.tp.size if parallel.sequence else data.seq_len
         shape = (cut.size, length, self._config.model.hidden_size)
-        crossing = StageTensors(shape, self._formats.compute, (cut.size, data.seq_len))
+        tp = self._mesh.tp.size
+        num_logits = padded_vocab(self._config.model.vocab_size, tp) // tp
+        crossing = StageTensors(shape, self._formats.compute, (cut.size, data.seq_len), num_logits)
         parts = [stage.part for stage in stages]
         return Scheduled(parts, crossing, self._loss, cut, parallel.zero, parallel.schedule, self._mesh.pp)
 

@@ -138,11 +138,14 @@ class StageModule:
 
 @dataclass(frozen=True)
 class StageTensors:
-    """What crosses a stage boundary: hidden states [microbatch, T (or T/tp), D] in the compute format."""
+    """What enters and leaves a stage: tokens [microbatch, T], hidden states [microbatch, T (or T/tp), D] in the compute
+    format, and this rank's logits [microbatch, T, V/tp].
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     tokens_shape: tuple[int, ...]
+    num_logits: int
 
 
 _DECLARES_GRADIENTS = "input_grads" in signature(PipelineStage).parameters
@@ -152,6 +155,7 @@ _DECLARES_GRADIENTS = "input_grads" in signature(PipelineStage).parameters
 def _build_stage(part: StageModule, crossing: StageTensors, axis: Axis, device: torch.device) -> _Stage:
     hidden = torch.empty(crossing.shape, dtype=crossing.dtype, device="meta", requires_grad=True)
     tokens = torch.empty(crossing.tokens_shape, dtype=torch.int64, device="meta")
+    logits = torch.empty((*crossing.tokens_shape, crossing.num_logits), dtype=crossing.dtype, device="meta")
     first, last = part.index == 0, part.index == part.count - 1
     grads: dict[str, Any] = {
         "input_grads": None if first else hidden.detach(),
@@ -163,7 +167,7 @@ def _build_stage(part: StageModule, crossing: StageTensors, axis: Axis, device: 
         part.count,
         device,
         input_args=tokens if first else hidden,
-        output_args=hidden,
+        output_args=logits if last else hidden,
         group=axis.group,
         **(grads if _DECLARES_GRADIENTS else {}),
     )
