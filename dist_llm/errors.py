@@ -23,6 +23,10 @@ class ExitCode(IntEnum):
     CONFIG = 78
 
 
+INTERRUPTED = 130
+"""Exit code of a process ended by Ctrl-C with nothing to save, as shells count it (128 + SIGINT)."""
+
+
 class DistLLMError(Exception):
     """Base of every error that is the user's to act on; printed without a traceback."""
 
@@ -64,15 +68,6 @@ class ConfigError(DistLLMError):
         count = len(self.violations)
         head = f"{count} setting{'s' if count != 1 else ''} cannot be used:"
         super().__init__("\n".join([head, *(f"  {violation}" for violation in self.violations)]))
-
-
-def exit_code_of(error: BaseException, is_peer_loss: Callable[[BaseException], bool]) -> ExitCode:
-    """Return the exit code of an error: its own, 69 for a lost peer, 74 for the operating system's, else 70."""
-    if isinstance(error, DistLLMError):
-        return error.exit_code
-    if is_peer_loss(error):
-        return ExitCode.PEER_LOST
-    return ExitCode.IO if isinstance(error, OSError) else ExitCode.BUG
 
 
 class LayoutError(ConfigError):
@@ -117,3 +112,12 @@ class EngineUnavailable(DistLLMError):
     """The chosen engine needs an extra that is not installed."""
 
     exit_code = ExitCode.CONFIG
+
+
+def exit_code_of(error: BaseException, is_peer_loss: Callable[[BaseException], bool]) -> ExitCode:
+    """Return the exit code of an error: its own, 69 for a lost peer, 74 for the operating system's, else 70."""
+    if isinstance(error, DistLLMError):
+        return error.exit_code
+    if is_peer_loss(error):
+        return ExitCode.PEER_LOST
+    return ExitCode.IO if isinstance(error, OSError) else ExitCode.BUG

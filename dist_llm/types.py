@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+RUN_LOCK = ".lock"
+"""File that marks the folder of a run: its writer holds a lock on it."""
+
 IGNORE_INDEX = -100
 """Target value of a position that is not counted in the loss."""
 

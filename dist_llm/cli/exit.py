@@ -15,10 +15,7 @@ import traceback
 from collections.abc import Callable
 
 from dist_llm.cli.parse import Answer
-from dist_llm.errors import ConfigError, DistLLMError, ExitCode, exit_code_of
-
-INTERRUPTED = 130
-"""Exit code of a process ended by Ctrl-C, as shells count it (128 + SIGINT)."""
+from dist_llm.errors import INTERRUPTED, ConfigError, DistLLMError, ExitCode, exit_code_of
 
 
 def execute(run: Callable[[argparse.Namespace], Answer], arguments: argparse.Namespace) -> int:

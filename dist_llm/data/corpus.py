@@ -20,13 +20,13 @@ from pathlib import Path
 
 from dist_llm.data.files import display, open_regular, storage_errors, user_path
 from dist_llm.errors import DataError, StorageError
+from dist_llm.types import RUN_LOCK
 
 MIB = 1 << 20
 STDLIB = "stdlib"
 SECTION_BYTES = 8 * MIB
 MAX_LINE_BYTES = 16 * MIB
 _BINARY_PROBE_BYTES = 8192
-_RUN_LOCK = ".lock"
 
 # Third-party packages, tests, tables of character codes, and files that describe the machine Python was built on.
 _STDLIB_PASSED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"})
@@ -95,7 +95,7 @@ def _walk(root: Path, passed: frozenset[str] = frozenset()) -> Iterator[SourceFi
         raise StorageError(f"cannot list {display(error.filename)}: {error.strerror}") from error
 
     for directory, subdirectories, names in os.walk(root, onerror=refuse):
-        if _RUN_LOCK in names and Path(directory) != root:
+        if RUN_LOCK in names and Path(directory) != root:
             subdirectories.clear()
             continue
         subdirectories[:] = sorted(

@@ -45,8 +45,12 @@ _REPORT_SECONDS = 2.0
 _NO_FILES = "no files; links, hidden names and folders of runs are passed over"
 
 
-def prepare(data: DataConfig, tokenizer: TokenizerConfig, vocab_size: int, report: Report) -> PreparedData:
+def prepare(
+    data: DataConfig, tokenizer: TokenizerConfig, vocab_size: int, report: Report, waiting: Report | None = None
+) -> PreparedData:
     """Return the tokens behind data.path, preparing them where the cache lacks them; says what it does to `report`.
+
+    That another process prepares them is said to `waiting`, or to `report` as well.
 
     Raises DataError (no text, undecodable or damaged), StorageError (missing, unreadable, unwritable) and ConfigError
     (a vocabulary that the corpus or the tokenizer does not have), each naming the setting or the file.
@@ -56,7 +60,7 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, vocab_size: int, repor
         return _use_prefix(prefix, tokenizer, vocab_size)
     recipe = _Recipe(find_corpus(data.path), data, tokenizer, vocab_size)
     folder = _cache_folder(recipe)
-    build_once(folder, lambda private: _build(private, recipe, report), report)
+    build_once(folder, lambda private: _build(private, recipe, report), waiting or report)
     return open_prepared(folder, vocab_size)
 
 

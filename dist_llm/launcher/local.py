@@ -12,16 +12,13 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dist_llm.errors import ExitCode
+from dist_llm.errors import INTERRUPTED, ExitCode
 
 if TYPE_CHECKING:
     from dist_llm.runtime.agent import RankExit, RanksEnd
 
 SHUTDOWN_SECONDS = 120.0
 """How long ranks may take to save after a termination signal; a scheduler's own limit is usually shorter."""
-
-INTERRUPTED = 128 + signal.SIGINT
-"""Exit code of a launch that Ctrl-C ended before its ranks could save, as shells count it."""
 
 _MEANINGS = {
     ExitCode.BAD_DATA: "data or checkpoint damaged",

@@ -142,7 +142,7 @@ class StageTensors:
     format, and this rank's logits [microbatch, T, V/tp].
     """
 
-    shape: tuple[int, ...]
+    hidden_shape: tuple[int, ...]
     dtype: torch.dtype
     tokens_shape: tuple[int, ...]
     num_logits: int
@@ -153,7 +153,7 @@ _DECLARES_GRADIENTS = "input_grads" in signature(PipelineStage).parameters
 
 
 def _build_stage(part: StageModule, crossing: StageTensors, axis: Axis, device: torch.device) -> _Stage:
-    hidden = torch.empty(crossing.shape, dtype=crossing.dtype, device="meta", requires_grad=True)
+    hidden = torch.empty(crossing.hidden_shape, dtype=crossing.dtype, device="meta", requires_grad=True)
     tokens = torch.empty(crossing.tokens_shape, dtype=torch.int64, device="meta")
     logits = torch.empty((*crossing.tokens_shape, crossing.num_logits), dtype=crossing.dtype, device="meta")
     first, last = part.index == 0, part.index == part.count - 1

@@ -65,19 +65,14 @@ def run(config: RunConfig, config_yaml: str, ranks: RankInfo) -> Outcome:
         # Only attention dropout draws from torch's own stream: ranks hold other samples or heads and must not share it.
         set_determinism((config.run.seed + ranks.rank) % 2**63, config.run.deterministic)
         control = build_control_group(config.launcher.timeout_seconds)
-        say = log.info if ranks.rank == 0 else _say_what_is_done
-        model = config.model
-        prepared = together(connect(control), lambda: prepare(config.data, config.tokenizer, model.vocab_size, say))
+        # Whoever prepares says so; that the others wait, only rank 0's log shows.
+        say = log.info if ranks.rank == 0 else log.warning
+        data, tokenizer, size = config.data, config.tokenizer, config.model.vocab_size
+        prepared = together(connect(control), lambda: prepare(data, tokenizer, size, say, log.info))
         with contextlib.closing(_Run(config, config_yaml, prepared, device, control)) as started:
             return started.train()
     finally:
         stop_process()
-
-
-def _say_what_is_done(message: str) -> None:
-    """Say what this rank prepares while the others wait; that it waits itself rank 0 says for all."""
-    if not message.startswith("waiting"):
-        log.warning(message)
 
 
 class _Run:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ from dist_llm.runtime.pool import WorkerPool
 from dist_llm.train.layouts import CASES, Case, baseline, case_config, given, misfit
 
 Array = NDArray[Any]
+Rectangle = tuple[str, tuple[int, ...], tuple[int, ...], Array]
+"""A part of a logical tensor: the tensor's name and shape, the part's offsets and values."""
 
 BOUNDS = {"fp32": 1e-5, "fp64": 1e-9}
 """Largest relative difference of loss, gradient norm and each weight."""
@@ -46,7 +48,7 @@ class Trace:
 
     losses: list[float]
     grad_norms: list[float]
-    weights: list[tuple[str, tuple[int, ...], tuple[int, ...], Array]] = field(default_factory=list)
+    weights: list[Rectangle] = field(default_factory=list)
     key_bias_shares: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -96,13 +98,12 @@ def train_case(config: RunConfig, prefix: Path, eos_id: int, steps: int) -> Trac
     return trace
 
 
-def _whole_weights(traces: list[Trace]) -> dict[str, Array]:
-    """Put the primary rectangles of all ranks together into logical tensors."""
+def assemble(rectangles: Iterable[Rectangle]) -> dict[str, Array]:
+    """Put rectangles of all ranks together into logical tensors; NaN where none lies."""
     whole: dict[str, Array] = {}
-    for trace in traces:
-        for name, shape, offsets, data in trace.weights:
-            target = whole.setdefault(name, np.full(shape, np.nan, data.dtype))
-            target[tuple(slice(at, at + size) for at, size in zip(offsets, data.shape, strict=True))] = data
+    for name, shape, offsets, data in rectangles:
+        target = whole.setdefault(name, np.full(shape, np.nan, data.dtype))
+        target[tuple(slice(at, at + size) for at, size in zip(offsets, data.shape, strict=True))] = data
     return whole
 
 
@@ -140,7 +141,7 @@ class Difference:
 
 def compare(case: Case, traces: list[Trace], one: list[Trace], precision: str, seconds: float) -> Difference:
     """Return how far the ranks of a case are from one process; what is missing or not a number differs infinitely."""
-    ours, theirs = _whole_weights(traces), _whole_weights(one)
+    ours, theirs = (assemble(row for trace in side for row in trace.weights) for side in (traces, one))
     without_gradient = {name for trace in one for shares in trace.key_bias_shares for name in shares}
     worst, worst_name = 0.0, ""
     for name, reference in theirs.items():

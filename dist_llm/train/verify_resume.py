@@ -12,12 +12,9 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 
 from dist_llm.config.checks import check
 from dist_llm.config.run import RunConfig
@@ -31,8 +28,7 @@ from dist_llm.runtime.pool import WorkerPool
 from dist_llm.runtime.seed import set_determinism
 from dist_llm.train.checkpoints import Checkpoints
 from dist_llm.train.identity import identity_of, layout_of, recipe_of
-
-Array = NDArray[Any]
+from dist_llm.train.verify import Rectangle, assemble
 
 MOVES: tuple[Mapping[str, object], ...] = (
     {},
@@ -50,7 +46,7 @@ class Outcome:
 
     losses: dict[int, float]
     samples: dict[int, list[tuple[int, str]]]
-    state: list[tuple[str, tuple[int, ...], tuple[int, ...], Array]]
+    state: list[Rectangle]
 
 
 @dataclass(frozen=True)
@@ -96,11 +92,7 @@ def run_leg(config: RunConfig, prefix: Path, eos_id: int, root: Path, leg: Leg) 
 
 def _digests(outcomes: list[Outcome]) -> dict[str, str]:
     """Return the sha256 of every logical tensor, put together from all ranks."""
-    whole: dict[str, Array] = {}
-    for outcome in outcomes:
-        for name, shape, offsets, data in outcome.state:
-            target = whole.setdefault(name, np.full(shape, np.nan, data.dtype))
-            target[tuple(slice(at, at + size) for at, size in zip(offsets, data.shape, strict=True))] = data
+    whole = assemble(rectangle for outcome in outcomes for rectangle in outcome.state)
     return {name: hashlib.sha256(data.tobytes()).hexdigest() for name, data in whole.items()}
 
 

@@ -47,17 +47,20 @@ def test_a_text_file_that_is_not_utf8(place: Place, copied: Path) -> None:
     assert snapshot(copied) == before
 
 
-def test_a_vocabulary_larger_than_the_corpus_supports(place: Place, copied: Path) -> None:
+@pytest.mark.parametrize(
+    ("setting", "phrases"),
+    [
+        ("model.vocab_size=50000", ("model.vocab_size=50000", "; use ")),
+        ("model.hidden_size=64", ("model.hidden_size=64", "use 32")),
+        ("run.resume=never", ("run.resume=never", "already holds a run")),
+    ],
+    ids=["vocabulary-larger-than-the-corpus-supports", "checkpoint-of-another-model", "afresh-over-a-run"],
+)
+def test_a_setting_that_the_data_or_the_run_contradicts(
+    place: Place, copied: Path, setting: str, phrases: tuple[str, ...]
+) -> None:
     before = snapshot(copied)
-    done = run(["train", *place.words("copy", "model.vocab_size=50000", *ALONE)], place.folder)
-    refused(done, 78, "model.vocab_size=50000", "; use ")
-    assert snapshot(copied) == before
-
-
-def test_a_checkpoint_of_another_model(place: Place, copied: Path) -> None:
-    before = snapshot(copied)
-    done = run(["train", *place.words("copy", "model.hidden_size=64", *ALONE)], place.folder)
-    refused(done, 78, "model.hidden_size=64", "use 32")
+    refused(run(["train", *place.words("copy", setting, *ALONE)], place.folder), 78, *phrases)
     assert snapshot(copied) == before
 
 
@@ -66,13 +69,6 @@ def test_a_run_of_another_model_that_left_no_checkpoint(place: Place, copied: Pa
     before = snapshot(copied)
     done = run(["train", *place.words("copy", "model.hidden_size=64", *ALONE)], place.folder)
     refused(done, 78, "model.hidden_size=64", "use 32")
-    assert snapshot(copied) == before
-
-
-def test_starting_afresh_over_a_run(place: Place, copied: Path) -> None:
-    before = snapshot(copied)
-    done = run(["train", *place.words("copy", "run.resume=never", *ALONE)], place.folder)
-    refused(done, 78, "run.resume=never", "already holds a run")
     assert snapshot(copied) == before
 
 
