@@ -10,12 +10,36 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
+import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import FrameType
 
 from dist_llm.cli.parse import Answer
 from dist_llm.errors import INTERRUPTED, ConfigError, DistLLMError, ExitCode, exit_code_of
+
+
+@contextlib.contextmanager
+def preemptible(arguments: argparse.Namespace) -> Iterator[None]:
+    """Inside, SIGTERM and SIGUSR1 end this process at once with 75: it has nothing to save, and the job may come back.
+
+    Training and the launcher put their own handlers over these while they have something to end in good order.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        if not arguments.follows:
+            name, code = signal.Signals(number).name, int(ExitCode.PREEMPTED)
+            _say(f"{arguments.speaker}: {name} with nothing to save (exit code {code}: requeue)")
+        os._exit(ExitCode.PREEMPTED)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def execute(run: Callable[[argparse.Namespace], Answer], arguments: argparse.Namespace) -> int:

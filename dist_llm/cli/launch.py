@@ -71,4 +71,4 @@ def _worker_words(arguments: argparse.Namespace) -> list[str]:
     return [*debug, *file, *arguments.overrides]
 
 
-LAUNCH = Command("start the ranks of a run on this machine and train", add_arguments, main)
+LAUNCH = Command("start the ranks of a run on this machine and train", add_arguments, main, preemptible=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 from dist_llm import __version__
 from dist_llm.cli import checkpoint, config, data, generate, launch, train, verify
-from dist_llm.cli.exit import execute, report_error
+from dist_llm.cli.exit import execute, preemptible, report_error
 from dist_llm.cli.parse import Command, parse_arguments
 from dist_llm.errors import ConfigError, DistLLMError, ExitCode
 
@@ -46,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return report_error(error, "dist-llm", debug=False, as_json="--json" in words)
     except SystemExit as stop:
         return int(stop.code or 0)
-    return execute(command.run, arguments)
+    with preemptible(arguments) if command.preemptible else nullcontext():
+        return execute(command.run, arguments)
 
 
 def _find(words: list[str]) -> tuple[Command, str, list[str]] | None:

@@ -26,11 +26,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Command:
-    """A command: one line on what it does, the arguments it takes, the function it is."""
+    """A command: one line on what it does, the arguments it takes, the function it is, and whether a scheduler that
+    ends it by a signal may requeue it.
+    """
 
     summary: str
     arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], Answer]
+    preemptible: bool = False
 
 
 class Parser(argparse.ArgumentParser):

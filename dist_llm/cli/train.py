@@ -69,4 +69,6 @@ def _how_to_launch(arguments: argparse.Namespace, config: RunConfig, error: Layo
     return f"this process was started alone; start all ranks with: dist-llm launch {shlex.join(words)}"
 
 
-TRAIN = Command("train as one rank, as torchrun, srun or mpirun numbered it, or alone", add_arguments, main)
+TRAIN = Command(
+    "train as one rank, as torchrun, srun or mpirun numbered it, or alone", add_arguments, main, preemptible=True
+)

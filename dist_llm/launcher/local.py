@@ -54,7 +54,7 @@ def judge(end: RanksEnd) -> tuple[int, str]:
     if not failed:
         if end.stopped_by is None or end.exits:
             return int(ExitCode.DONE), ""
-        return int(ExitCode.PEER_LOST), f"dist-llm launch: {end.stopped_by.name} before the ranks were started"
+        return int(ExitCode.PREEMPTED), f"dist-llm launch: {end.stopped_by.name} before the ranks were started"
     cause = min(failed, key=lambda exit_: (_precedence(exit_), exit_.rank))
     if end.stopped_by is signal.SIGINT and _exit_code(cause) == ExitCode.PEER_LOST:
         return INTERRUPTED, "dist-llm launch: interrupted"

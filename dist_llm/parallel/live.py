@@ -22,13 +22,16 @@ def storage_bytes(tensors: Iterable[Tensor | None]) -> int:
 
 
 def _fsdp_groups(model: nn.Module) -> list[Any]:
-    """Return FSDP2's records of its units; it has no public way to see gathered copies and unreduced gradients."""
-    return [
-        group
-        for module in model.modules()
-        if isinstance(module, FSDPModule)
-        for group in module._get_fsdp_state()._fsdp_param_groups
-    ]
+    """Return FSDP2's records of its units; it has no public way to see gathered copies and unreduced gradients.
+
+    Before torch 2.12 a unit has one record or none.
+    """
+    groups: list[Any] = []
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            state: Any = module._get_fsdp_state()
+            groups += state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    return [group for group in groups if group is not None]
 
 
 def parameter_bytes(model: nn.Module) -> int:

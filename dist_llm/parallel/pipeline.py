@@ -13,6 +13,7 @@ from inspect import signature
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
@@ -116,6 +117,16 @@ class _Stage(PipelineStage):
         out = super().forward_one_chunk(*args, **kwargs)
         self.after_forward()
         return out
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        """Receive into buffers that ask for gradients when a backward follows.
+
+        torch 2.11 settles that for good in the stage's first run, which an evaluation may be.
+        """
+        receives = super().get_fwd_recv_ops(fwd_chunk_id)
+        for receive in receives:
+            receive.tensor.requires_grad_(self.has_backward)
+        return receives
 
     def backward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
         """Run one backward; the last of the step reduces what ZeRO has held back."""

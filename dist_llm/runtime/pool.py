@@ -12,7 +12,7 @@ import multiprocessing
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -66,6 +66,12 @@ def _serve(connection: Connection, rank: int, folder: str, timeout_seconds: floa
         connection.send(reply)
 
 
+def _failures(replies: Mapping[int, _Reply]) -> str:
+    """Return the tracebacks of the two lowest ranks that raised, each under its rank; "" when none did."""
+    failed = [(rank, reply.trace) for rank, reply in sorted(replies.items()) if reply.trace is not None]
+    return "\n".join(f"rank {rank}: {trace}" for rank, trace in failed[:2])
+
+
 class WorkerPool:
     """`size` ranks waiting for jobs; a context manager that ends them."""
 
@@ -109,9 +115,8 @@ class WorkerPool:
         errors = [reply.error for reply in replies if reply.error is not None]
         if errors:
             raise errors[0]
-        failures = [(rank, reply.trace) for rank, reply in enumerate(replies) if reply.trace is not None]
-        if failures:
-            raise RankFailure("\n".join(f"rank {rank}: {trace}" for rank, trace in failures[:2]))
+        if failures := _failures(dict(enumerate(replies))):
+            raise RankFailure(failures)
         return [reply.value for reply in replies]
 
     def _receive(self, waiting: dict[Connection, int]) -> list[_Reply]:
@@ -129,7 +134,9 @@ class WorkerPool:
                 if replies[rank].trace is not None:
                     deadline = min(deadline, time.monotonic() + 2 * self._timeout)
             if time.monotonic() > deadline:
-                raise PeerLostError(f"ranks {sorted(waiting.values())} of the pool hang after another rank failed")
+                raise PeerLostError(
+                    f"ranks {sorted(waiting.values())} of the pool hang after another failed\n{_failures(replies)}"
+                )
         return [replies[rank] for rank in sorted(replies)]
 
     def _stop(self) -> None:

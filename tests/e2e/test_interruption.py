@@ -7,8 +7,11 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.tiny_run import (
     FOUR_RANKS,
+    ONE_RANK,
     PATIENCE_SECONDS,
     QUIET,
     STEPS,
@@ -54,6 +57,21 @@ def test_a_termination_signal_saves_and_the_resumed_run_is_bit_equal(place: Plac
     finish(place, "preempted", whole)
     resume = next(event for event in lines(run_dir / "events.jsonl") if event["kind"] == "resume")
     assert resume["step"] == stopped
+
+
+@pytest.mark.parametrize("words", [["train", *ONE_RANK], ["launch", *FOUR_RANKS]], ids=["train", "launch"])
+def test_a_termination_signal_before_the_first_step_asks_to_be_requeued(place: Place, words: list[str]) -> None:
+    command, *layout = words
+    fresh = f"data.cache_dir={place.folder / f'cache-{command}'}"
+    log = place.folder / f"early-{command}.log"
+    process = start([command, *place.words(f"early-{command}", *layout, *QUIET, fresh)], log)
+    try:
+        wait_until(lambda: "training a tokenizer" in log.read_text(), "the data to be prepared")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE_SECONDS) == 75, log.read_text()
+    finally:
+        end(process)
+    assert not (place.runs / f"early-{command}").exists()
 
 
 def test_a_killed_rank_ends_the_launch_and_the_resumed_run_is_bit_equal(place: Place, whole: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from tests.e2e.tiny_run import (
     FOUR_RANKS,
+    ONE_RANK,
     QUIET,
     STEPS,
     Place,
@@ -22,8 +23,6 @@ from tests.e2e.tiny_run import (
     start,
 )
 from tests.tolerances import FP32
-
-ONE_RANK = ("parallel.tensor=1", "parallel.pipeline=1", "launcher.nproc=1")
 
 
 def test_the_run_folder_is_as_promised(whole: Path) -> None:
