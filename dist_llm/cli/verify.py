@@ -8,9 +8,18 @@ from collections.abc import Callable, Mapping
 from dist_llm.cli.parse import Answer, Command, add_config, add_json, compose_arguments, load_config
 from dist_llm.errors import ConfigError, ExitCode, Violation
 
+_CASES = """\
+The layout that the config asks for is compared first, then each of a fixed list that the model permits: every axis,
+schedule and ZeRO stage alone, and mixes of up to 8 ranks. A layout's name begins with the model that it trains:
+  as-given                  the model of the config
+  untied, odd-vocabulary    it with embedding and head untied, or with a vocabulary that 2 does not divide
+  gpt2, gpt2-untied         it in GPT-2's layout (learned positions, LayerNorm, GELU, biases, dropout 0.1)
+accumulation is the number of microbatches in each rank's share of a batch."""
+
 
 def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
     """Take a config, and which layouts to compare for how long."""
+    parser.epilog = _CASES
     add_config(parser)
     parser.add_argument("--fp64", action="store_true", help="in double precision, to 1e-9 (default: fp32, to 1e-5)")
     parser.add_argument("--layouts", default="all", metavar="TEXT", help="only layouts whose name contains TEXT")
@@ -72,20 +81,38 @@ def _answer(facts: Mapping[str, object]) -> Answer:
 
 
 def _describe(facts: Mapping[str, object]) -> str:
-    """Return facts as lines: values first, then one line for each row of a table."""
+    """Return facts as lines: values, then tables of rows, then what was left out, then the verdict."""
     lines: list[str] = []
     for name, value in facts.items():
-        if isinstance(value, list) and value and all(isinstance(row, Mapping) for row in value):
-            lines.append(f"{name}:")
-            lines.extend("  " + "  ".join(f"{key}={_shown(cell)}" for key, cell in row.items()) for row in value)
+        if isinstance(value, Mapping):
+            lines.extend(f"{_words(name)}: {_words(key)} {_shown(cell)}" for key, cell in value.items())
+        elif isinstance(value, list):
+            lines.extend(["", *_table(value), ""])
         elif name != "ok":
-            lines.append(f"{name}: {_shown(value)}")
+            lines.append(f"{_words(name)}: {_shown(value)}")
     return "\n".join([*lines, "equal" if facts.get("ok") is True else "NOT EQUAL"])
 
 
+def _table(rows: list[Mapping[str, object]]) -> list[str]:
+    """Return rows of the same keys as aligned lines under a heading."""
+    cells = (
+        [[_words(key) for key in rows[0]], *([_shown(cell) for cell in row.values()] for row in rows)] if rows else []
+    )
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+
+
+def _words(key: str) -> str:
+    return key.replace("_", " ")
+
+
 def _shown(value: object) -> str:
-    """Return a value of a report; differences to three digits."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    """Return a value of a report: differences to two digits, a list as its words, truth as yes or no."""
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "none"
+    return f"{value:.2g}" if isinstance(value, float) else str(value) or "-"
 
 
 COMMANDS = {

@@ -72,7 +72,10 @@ def takes_text(key: str) -> bool:
 
 
 def closest_key(key: str) -> str | None:
-    """Return the setting that an unknown `key` most likely meant: by another name, a sibling, or the same elsewhere."""
+    """Return the setting that an unknown `key` most likely meant: by another name, a sibling, the same elsewhere.
+
+    A key without a section may also mean a group, such as `model` or `experiment`.
+    """
     section, _, last = key.rpartition(".")
     if last in _OTHER_NAMES:
         return _OTHER_NAMES[last]
@@ -81,7 +84,8 @@ def closest_key(key: str) -> str | None:
     elsewhere = {name.rpartition(".")[2]: name for name in reversed(fields)}
     if last in elsewhere:
         return elsewhere[last]
-    for named in (siblings, elsewhere):
+    groups = {} if section else {name: name for name in (*RunConfig.model_fields, "experiment")}
+    for named in (siblings, {**elsewhere, **groups}):
         near = difflib.get_close_matches(last, named, n=1, cutoff=0.6)
         if near:
             return named[near[0]]

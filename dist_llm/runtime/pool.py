@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import signal
 import tempfile
 import time
 import traceback
@@ -45,6 +46,8 @@ class _Reply:
 def _serve(connection: Connection, rank: int, folder: str, timeout_seconds: float) -> None:
     """Run jobs until the parent hangs up. Issues one rendezvous a job."""
     die_with_launcher()
+    # Ctrl-C reaches the whole terminal; the parent ends its ranks.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     pin_loopback()
     torch.set_num_threads(1)
     while True:

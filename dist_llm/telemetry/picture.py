@@ -119,7 +119,7 @@ def _draw_line(axis: Any, steps: list[MetricsLine], values: list[float | None], 
     # A few early spikes must not press the rest of the curve onto the axis.
     known = sorted(value for value in values if value is not None)
     if known:
-        axis.set_ylim(0, 1.15 * max(known[int(0.99 * (len(known) - 1))], 1e-12))
+        axis.set_ylim(0, 1.15 * max(known[-1 - len(known) // 100], 1e-12))
 
 
 def _write_heading(figure: Any, name: str, steps: list[MetricsLine]) -> None:

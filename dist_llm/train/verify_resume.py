@@ -134,7 +134,7 @@ def verify_resume(
             rows.append(
                 _row(f"stop at {stop}", resumed[0].losses == tail, _different(_digests(resumed), _digests(whole)))
             )
-            report(str(rows[-1]))
+            report(_line(rows[-1]))
         root = Path(folder) / f"stop-{middle}"
         saved = _digests(run(Leg(middle, middle), root))
         order = _order(run(Leg(middle, middle + 1), root))
@@ -142,12 +142,12 @@ def verify_resume(
             moved, world = _moved_config(config, parallel)
             violations = check(moved, world)
             if violations:
-                refused[str(dict(parallel))] = "; ".join(str(violation) for violation in violations)
+                refused[_named(parallel)] = "; ".join(str(violation) for violation in violations)
                 continue
             there = _digests(run(Leg(middle, middle), root, moved, world))
             same_order = _order(run(Leg(middle, middle + 1), root, moved, world)) == order
-            rows.append(_row(f"move to {dict(parallel) or 'one process'}", same_order, _different(there, saved)))
-            report(str(rows[-1]))
+            rows.append(_row(f"move to {_named(parallel)}", same_order, _different(there, saved)))
+            report(_line(rows[-1]))
     return {"ok": all(row["ok"] for row in rows), "steps": steps, "cases": rows, "not_legal": refused}
 
 
@@ -159,6 +159,14 @@ def _sample(number: int, tokens: torch.Tensor) -> tuple[int, str]:
 def _order(outcomes: list[Outcome]) -> list[tuple[int, str]]:
     """Return number and content of the samples of the one step that was run, over all ranks, by global number."""
     return sorted({sample for outcome in outcomes for samples in outcome.samples.values() for sample in samples})
+
+
+def _named(parallel: Mapping[str, object]) -> str:
+    return " ".join(f"{axis}={size}" for axis, size in parallel.items()) or "one process"
+
+
+def _line(row: Mapping[str, object]) -> str:
+    return f"{'same' if row['ok'] else 'DIFFERENT':9} {row['case']}"
 
 
 def _row(case: str, history_equal: bool, different: list[str]) -> dict[str, object]:

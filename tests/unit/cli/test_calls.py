@@ -66,7 +66,13 @@ def test_launch_starts_the_ranks(code: ExitCode, replace: Callable[[str, Any], _
 def test_verify_layout_compares(
     ok: bool, replace: Callable[[str, Any], _Call], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    facts = {"ok": ok, "steps": 3, "layouts": [{"layout": "tp2", "loss": 1.25e-7, "ok": ok}]}
+    facts = {
+        "ok": ok,
+        "steps": 3,
+        "bounds": {"relative": 1e-5},
+        "layouts": [{"layout": "tp2", "loss": 1.251e-7, "ok": ok}],
+        "not_legal": {"pp4": "parallel.pipeline=4 is too many"},
+    }
     call = replace("dist_llm.train.verify.verify_layout", facts)
     words = ["verify", "layout", "experiment=quickstart", "--fp64", "--steps", "3", "--layouts", "tp"]
     assert main([*words, "--json"]) == (ExitCode.DONE if ok else ExitCode.NUMERICS)
@@ -75,8 +81,16 @@ def test_verify_layout_compares(
     assert call.args[0].run.name == "quickstart"
     main(words)
     lines = capsys.readouterr().out.splitlines()
-    assert "  layout=tp2  loss=1.25e-07" in lines[-2]
-    assert lines[-1] == ("equal" if ok else "NOT EQUAL")
+    assert lines == [
+        "steps: 3",
+        "bounds: relative 1e-05",
+        "",
+        "layout  loss     ok",
+        f"tp2     1.3e-07  {'yes' if ok else 'NO'}",
+        "",
+        "not legal: pp4 parallel.pipeline=4 is too many",
+        "equal" if ok else "NOT EQUAL",
+    ]
 
 
 def test_verify_resume_compares(replace: Callable[[str, Any], _Call]) -> None:

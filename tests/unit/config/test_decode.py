@@ -151,6 +151,8 @@ def test_config_is_frozen() -> None:
         ("parallel.tp", "parallel.tensor"),
         ("learning_rate", "optimizer.lr"),
         ("model.hiden_size", "model.hidden_size"),
+        ("modle", "model"),
+        ("experimnt", "experiment"),
         ("zzz", None),
     ],
 )

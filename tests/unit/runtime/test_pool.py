@@ -65,6 +65,15 @@ def test_a_dead_or_hanging_rank_is_a_lost_peer_and_the_next_job_runs() -> None:
         assert own.run(rank_times, 2, world=1) == [0]
 
 
+def interrupted() -> str:
+    os.kill(os.getpid(), signal.SIGINT)
+    return "unmoved"
+
+
+def test_ctrl_c_is_left_to_the_parent(pool: WorkerPool) -> None:
+    assert pool.run(interrupted, world=1) == ["unmoved"]
+
+
 def test_a_job_larger_than_the_pool_is_refused(pool: WorkerPool) -> None:
     with pytest.raises(ValueError, match="cannot run a job"):
         pool.run(rank_times, 1, world=pool.size + 1)
