@@ -1,3 +1,3 @@
-"""dist_llm: from a compute budget to a trained, checked, exported language model on a GPU cluster."""
+"""dist_llm: distributed pretraining of GPT and Llama models, the same training on every layout of ranks."""
 
 __version__ = "0.1.0"

@@ -109,7 +109,7 @@ class PeerLostError(DistLLMError):
 
 
 class EngineUnavailable(DistLLMError):
-    """The chosen engine needs an extra that is not installed."""
+    """The chosen engine cannot be used here."""
 
     exit_code = ExitCode.CONFIG
 

@@ -1,4 +1,4 @@
-"""`dist-llm config`: what can be configured: presets, the schema for editors, the rules across settings."""
+"""`dist-llm config`: what can be configured: presets, settings, the schema for editors, the rules across settings."""
 
 from __future__ import annotations
 
@@ -27,6 +27,34 @@ def presets(arguments: argparse.Namespace) -> Answer:
         found = {arguments.group: found[arguments.group]}
     lines = [f"{group}= {' '.join(names)}" for group, names in found.items()]
     return Answer("\n".join(lines), {group: list(names) for group, names in found.items()})
+
+
+def add_settings_arguments(parser: argparse.ArgumentParser) -> None:
+    """Take what to look for, and the form to print in."""
+    parser.add_argument(
+        "text", nargs="?", metavar="TEXT", help="only settings whose key or description contains TEXT (default: all)"
+    )
+    parser.add_argument("--markdown", action="store_true", help="print the page docs/reference/settings.md")
+    add_json(parser)
+
+
+def settings(arguments: argparse.Namespace) -> Answer:
+    """Print what settings take, what they are by default and what they mean."""
+    from dist_llm.config.keys import closest_key
+    from dist_llm.config.reference import list_settings, settings_page
+
+    text = arguments.text or ""
+    if arguments.markdown and text:
+        raise ConfigError(f"--markdown prints the whole page: leave {text!r} out")
+    found = list_settings(text)
+    if not found:
+        near = closest_key(text)
+        hint = f"did you mean {near}?" if near and list_settings(near) else "dist-llm config settings prints them all"
+        raise ConfigError(f"no setting has {text!r} in its key or description: {hint}")
+    data = {"settings": [setting.as_json() for setting in found]}
+    if arguments.markdown:
+        return Answer(settings_page().rstrip(), data)
+    return Answer("\n".join(str(setting) for setting in found), data)
 
 
 def add_schema_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +96,7 @@ def rules(arguments: argparse.Namespace) -> Answer:
 
 COMMANDS = {
     "presets": Command("the presets of every group: model=..., cluster=..., ...", add_presets_arguments, presets),
+    "settings": Command("every setting: what it takes, its default, what it means", add_settings_arguments, settings),
     "schema": Command("the JSON schema of a config file, for editors", add_schema_arguments, schema),
     "rules": Command("the rules that settings must keep together", add_rules_arguments, rules),
 }

@@ -25,7 +25,7 @@ COMMANDS: Mapping[str, Command | Group] = {
     "config": config.COMMANDS,
 }
 
-_HEAD = "dist-llm: from a compute budget to a trained, checked, exported language model on a GPU cluster"
+_HEAD = "dist-llm: pretrain GPT and Llama models on GPUs or CPU ranks; every layout trains the same model"
 _FOOT = """\
 dist-llm COMMAND --help describes a command. Any setting can be overridden: key=value, as in
   dist-llm launch experiment=quickstart

@@ -13,40 +13,70 @@ class RopeConfig(Section):
     """Rotary positions (Su et al. 2021) and the two scalings that published models use."""
 
     theta: float = Field(10000.0, gt=1)
+    """Base of the angular frequencies, theta^(-2i / head width) for the i-th pair of features."""
     scaling: Literal["none", "llama3", "yarn"] = "none"
+    """How frequencies are lowered for longer texts: llama3 as Llama 3.1 does (Meta 2024), yarn as Peng et al. 2023."""
     factor: float = Field(1.0, ge=1)
+    """What scaling divides the low frequencies by; 1 without scaling."""
     original_max_seq_len: Count = 8192
+    """Length that the model was trained on before scaling, in tokens; read by `llama3` and `yarn`."""
     low_freq_factor: float = Field(1.0, gt=0)
+    """Under `llama3`, frequencies of fewer turns than this in original_max_seq_len tokens are divided by factor."""
     high_freq_factor: float = Field(4.0, gt=0)
+    """Under `llama3`, frequencies of more turns than this in original_max_seq_len tokens are kept; between, a blend."""
     beta_fast: float = Field(32.0, gt=0)
+    """YaRN's beta (Peng et al. 2023): frequencies of more turns than this in original_max_seq_len tokens are kept."""
     beta_slow: float = Field(1.0, gt=0)
+    """YaRN's alpha (Peng et al. 2023): frequencies of fewer turns are divided by factor; up to beta_fast, a blend."""
     attention_factor: float | None = Field(None, gt=0)
+    """What YaRN multiplies rotated queries and keys by (Peng et al. 2023); null: 0.1 ln(factor) + 1."""
 
 
 class ModelConfig(Section):
-    """Shape and options of the decoder-only transformer. Widths are in elements, vocab_size in tokens (unpadded)."""
+    """Shape and options of the decoder-only transformer."""
 
     family: Literal["gpt2", "llama"]
+    """Published layout that the other options follow; a label kept with the run, the options alone make the model."""
     num_layers: Count
+    """Transformer blocks, each attention and a feed-forward layer."""
     hidden_size: Count
+    """Width of the hidden states between blocks, in elements."""
     num_heads: Count
+    """Query heads of each attention layer."""
     num_kv_heads: Count | None = None
+    """Key and value heads, each shared by equally many query heads (GQA, Ainslie et al. 2023); null: num_heads."""
     head_dim: Count | None = None
+    """Width of one head, in elements; null: hidden_size / num_heads."""
     ffn_hidden_size: Count
+    """Inner width of the feed-forward layer, in elements."""
     vocab_size: Count
+    """Tokens of the vocabulary, the pieces of the tokenizer; the padding that a layout adds is not counted."""
     max_seq_len: Count
+    """Longest sequence, in tokens: the rows of a learned position table, and the context when generating."""
     position: Literal["learned", "rope", "none"]
+    """How a token's place is known: a learned table (GPT-2), rotated queries and keys (rope), or by causality alone."""
     rope: RopeConfig = RopeConfig()
+    """Rotary positions; read under `position: rope`."""
     norm: Literal["layernorm", "rmsnorm"]
+    """Normalisation: LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019)."""
     norm_eps: float = Field(1e-5, gt=0)
+    """Added to the variance (to the mean square, for RMSNorm) before its root is taken."""
     norm_placement: Literal["pre", "post"] = "pre"
+    """Norm before each half of a block and after the last block (pre), or after each residual sum (post)."""
     activation: Literal["gelu", "gelu_tanh", "swiglu"]
+    """Feed-forward activation: GELU (Hendrycks & Gimpel 2016), its tanh approximation, or SwiGLU (Shazeer 2020)."""
     bias: bool
+    """Whether the linear layers of blocks, and LayerNorm, add a bias; the output projection never does."""
     qk_norm: bool = False
+    """RMSNorm over each head of queries and keys, before rotation (Qwen3, Yang et al. 2025)."""
     tie_embeddings: bool
+    """Whether the output projection is the token embedding itself (Press & Wolf 2017)."""
     dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability that an element of the embeddings, or of what a half of a block adds, is dropped in training."""
     attention_dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability that an attention weight is dropped in training."""
     init_std: float = Field(0.02, gt=0)
+    """Standard deviation of initial matrices; those that end a residual branch, over sqrt(2 num_layers) (GPT-2)."""
 
     @property
     def kv_heads(self) -> int:

@@ -18,11 +18,17 @@ class RunSection(Section):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
         description="a folder name: letters, digits, '.', '_' and '-', at most 128, first a letter or digit",
     )
+    """Name and folder of the run: letters, digits, `.`, `_` and `-`, at most 128, first a letter or digit."""
     dir: PathText = "runs"
+    """Folder that holds the folders of runs."""
     steps: CountOrZero = 100
+    """Optimizer steps of the whole run, those before a resume included; 0: the initial weights are saved."""
     seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of initial weights, sample order and dropout."""
     resume: Literal["auto", "must", "never"] = "auto"
+    """Go on from the newest checkpoint if there is one (auto), or fail (must); never: refuse a folder with a run."""
     deterministic: bool = True
+    """Use torch's deterministic algorithms, and fail where an operation has none."""
 
     @property
     def folder(self) -> Path:
@@ -31,57 +37,84 @@ class RunSection(Section):
 
 
 class CheckpointConfig(Section):
-    """A checkpoint every `interval` steps (0: only at the end); `keep` newest are kept (at least 1)."""
+    """When checkpoints are written, and how many are kept."""
 
     interval: CountOrZero = 100
+    """Steps from one checkpoint to the next, beside the one when the run ends or is stopped; 0: that one alone."""
     keep: Count = 2
+    """Newest sound checkpoints that are kept; older sound ones are deleted."""
     asynchronous: bool = False
+    """Save beside the training steps; this version takes false only."""
 
 
 class TelemetryConfig(Section):
-    """What is reported, and how often (steps)."""
+    """What is reported, and how often."""
 
     log_interval: Count = 1
+    """Steps from one update of the progress line to the next; metrics.jsonl has every step."""
     eval_interval: CountOrZero = 0
+    """Steps from one evaluation to the next, on what data.validation_fraction keeps; 0: none."""
     eval_batches: Count = 4
+    """Global batches in one evaluation, the same each time."""
     tensorboard: bool = True
+    """Write each step's scalars to `tensorboard/` in the run's folder."""
     wandb: bool = False
+    """Log each step to Weights & Biases; needs the extra `wandb`."""
     picture: bool = True
+    """Draw `loss.png` when the run is done."""
     sample_tokens: CountOrZero = 0
+    """Tokens of text, at most, that the model writes to `sample.txt` when the run is done; 0: no sample."""
     sample_prompt: str = Field("", max_length=65536)
+    """Text that the sample goes on from; empty: a new document."""
 
 
 class EngineConfig(Section):
     """Which engine does the step."""
 
     name: Literal["native", "deepspeed", "megatron"] = "native"
+    """Engine of an optimizer step; this version takes native only."""
 
 
 class LauncherConfig(Section):
-    """Who starts the ranks. nproc: ranks on a node; threads: intra-op CPU threads of a rank (null: cores / nproc)."""
+    """Who starts the ranks, how many, and with what limits."""
 
     name: Literal["local", "torchrun", "slurm", "mpi", "container"] = "local"
+    """What `dist-llm launch` starts ranks with; this version takes local only."""
     nproc: int = Field(1, ge=1, le=4096)
+    """Ranks that `dist-llm launch` starts on a node."""
     nodes: int = Field(1, ge=1, le=65536)
+    """Nodes that `dist-llm launch` starts ranks on; `local` starts them on one."""
     threads: int | None = Field(None, ge=1, le=4096)
+    """Intra-op CPU threads of a rank; null: the node's usable cores / its ranks, at least 1."""
     timeout_seconds: float = Field(600.0, gt=0, le=10**7)
+    """Time after which a collective, or the meeting of the ranks, fails, in seconds."""
 
 
 class PeakTflops(Section):
     """Dense peak of one device by compute format, in TFLOP/s (no structured sparsity)."""
 
     fp32: float = Field(gt=0)
+    """Peak in fp32, without TF32, in TFLOP/s."""
     bf16: float = Field(gt=0)
+    """Peak in bf16, in TFLOP/s."""
     fp16: float = Field(gt=0)
+    """Peak in fp16, in TFLOP/s."""
     fp64: float = Field(gt=0)
+    """Peak in fp64, in TFLOP/s."""
 
 
 class ClusterConfig(Section):
-    """The hardware. For a CPU box a device is a core and devices_per_node null means the cores that are there."""
+    """The hardware, by which MFU is reckoned; for a CPU box a device is a core."""
 
     name: str
+    """Name of the hardware, kept with the run."""
     device: Literal["cpu", "cuda"]
+    """Kind of device; a run on another kind has no MFU."""
     devices_per_node: Count | None
+    """Devices of a node; null: its usable cores. MFU counts these on CPU, and one device a rank on CUDA."""
     peak_tflops: PeakTflops
+    """Dense peak of one device by compute format, in TFLOP/s; that of precision.name is the divisor of MFU."""
     memory_gib: float = Field(gt=0)
+    """Memory of one device, in GiB; kept with the run, nothing is limited by it."""
     source: str
+    """Where these numbers come from."""

@@ -12,21 +12,34 @@ Schedule = Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "dualpi
 
 
 class ParallelConfig(Section):
-    """Sizes of the mesh axes. `data` is derived from the number of ranks when it is null."""
+    """Sizes of the mesh axes, the pipeline's schedule, what ZeRO shards and what is recomputed."""
 
     tensor: Count = 1
+    """Ranks that split the heads, the feed-forward width and the vocabulary (Shoeybi et al. 2019)."""
     sequence: bool = False
+    """Split the sequence over the tensor ranks where features are not split over them (Korthikanti et al. 2022)."""
     pipeline: Count = 1
+    """Ranks that split the layers into consecutive stages (Narayanan et al. 2021)."""
     virtual_pipeline: Count = 1
+    """Stages that each pipeline rank holds; above 1 only under `schedule: interleaved`."""
     schedule: Schedule = "1f1b"
+    """Order of forwards and backwards when pipeline is above 1; zero_bubble, zbv and dualpipev are then refused."""
     context: Count = 1
+    """Ranks that split each sequence; this version takes 1 only."""
     context_method: Literal["ring", "ulysses"] = "ring"
+    """Attention over context ranks: ring (Liu et al. 2023), ulysses (Jacobs et al. 2023); no effect at `context: 1`."""
     expert: Count = 1
+    """Ranks that split the experts of a mixture; this version takes 1 only."""
     data: Count | None = None
+    """Ranks that split the global batch; null: all ranks / (tensor x pipeline x context)."""
     replicate: Count = 1
+    """Copies of what ZeRO shards, each spread over data / replicate ranks (HSDP); 1 under `zero: 0`."""
     zero: Annotated[Literal[0, 1, 2, 3], Choice] = 1
+    """ZeRO stage (Rajbhandari et al. 2020): 0 shards nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
     recompute: Literal["none", "selective", "full"] = "none"
+    """Activations that a backward computes again: none, or all of a block (Chen et al. 2016); selective is refused."""
     bucket_mib: int = Field(64, ge=1, le=2**16)
+    """Size of the buckets in which gradients outside FSDP are all-reduced, in MiB; a larger tensor goes alone."""
 
     @property
     def model_ranks(self) -> int:

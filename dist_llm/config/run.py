@@ -20,19 +20,33 @@ from dist_llm.config.training import OptimizerConfig, PrecisionConfig, ScheduleC
 
 
 class RunConfig(Section):
-    """All sections of a run."""
+    """All sections of a run, and the kind of device that it runs on."""
 
     run: RunSection
+    """Identity and length of the run."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of every rank, on CUDA one each; auto: cuda where torch sees one, else cpu."""
     model: ModelConfig
+    """Shape and options of the transformer."""
     parallel: ParallelConfig
+    """Layout over the ranks."""
     engine: EngineConfig
+    """What does an optimizer step."""
     optimizer: OptimizerConfig
+    """Rule of the update."""
     schedule: ScheduleConfig
+    """Learning rate over steps."""
     precision: PrecisionConfig
+    """Number formats."""
     data: DataConfig
+    """Corpus and batches."""
     tokenizer: TokenizerConfig
+    """Text to tokens."""
     checkpoint: CheckpointConfig
+    """When to save, and how much to keep."""
     telemetry: TelemetryConfig
+    """What is reported, and how often."""
     launcher: LauncherConfig
+    """How ranks are started."""
     cluster: ClusterConfig
+    """Hardware, by which MFU is reckoned."""

@@ -25,7 +25,7 @@ _MEANINGS = {
     ExitCode.PEER_LOST: "a peer or the store was lost; retry",
     ExitCode.BUG: "an internal error",
     ExitCode.IO: "input or output failed",
-    ExitCode.PREEMPTED: "saved and preempted; requeue",
+    ExitCode.PREEMPTED: "preempted, nothing lost; the same command goes on",
     ExitCode.NUMERICS: "numerics",
     ExitCode.CONFIG: "configuration",
 }

@@ -29,6 +29,11 @@ class RankInfo:
         """Whether every rank of the job runs on this node."""
         return self.local_world_size == self.world_size
 
+    @property
+    def nodes(self) -> int:
+        """How many nodes the ranks run on, each with as many as this one."""
+        return self.world_size // self.local_world_size
+
 
 @dataclass(frozen=True)
 class _Names:

@@ -69,7 +69,7 @@ def run(config: RunConfig, config_yaml: str, ranks: RankInfo) -> Outcome:
         say = log.info if ranks.rank == 0 else log.warning
         data, tokenizer, size = config.data, config.tokenizer, config.model.vocab_size
         prepared = together(connect(control), lambda: prepare(data, tokenizer, size, say, log.info))
-        with contextlib.closing(_Run(config, config_yaml, prepared, device, control)) as started:
+        with contextlib.closing(_Run(config, config_yaml, ranks, prepared, device, control)) as started:
             return started.train()
     finally:
         stop_process()
@@ -82,11 +82,12 @@ class _Run:
         self,
         config: RunConfig,
         config_yaml: str,
+        ranks: RankInfo,
         prepared: PreparedData,
         device: torch.device,
         control: dist.ProcessGroup,
     ) -> None:
-        self._config, self._control, self._device = config, control, device
+        self._config, self._control, self._device, self._nodes = config, control, device, ranks.nodes
         self._channel = connect(control)
         self._leads = dist.get_rank() == 0
         self._dir = config.run.folder
@@ -213,9 +214,7 @@ class _Run:
         cluster = config.cluster
         peak = getattr(cluster.peak_tflops, config.precision.name) * 1e12
         on_cuda = self._device.type == "cuda"
-        devices = (
-            dist.get_world_size() if on_cuda else (cluster.devices_per_node or usable_cores()) * config.launcher.nodes
-        )
+        devices = dist.get_world_size() if on_cuda else (cluster.devices_per_node or usable_cores()) * self._nodes
         known = cluster.device == self._device.type
         flops = step_flops(config.model, config.data.seq_len, config.data.global_batch)
         per_token = flops / (config.data.seq_len * config.data.global_batch)

@@ -16,7 +16,7 @@ from dist_llm.cli import exit as cli_exit
 from dist_llm.cli.main import COMMANDS, main
 from dist_llm.cli.parse import Answer, Command
 from dist_llm.config.checks import RULES
-from dist_llm.config.reference import json_schema, rules_page
+from dist_llm.config.reference import json_schema, list_settings, rules_page, settings_page
 from dist_llm.errors import (
     CheckpointMismatch,
     ConfigError,
@@ -83,6 +83,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (["verify", "layout", "--steps", "0"], "--steps=0 must be from 1"),
         (["config", "presets", "modl"], "'modl' is not a group of presets"),
+        (["config", "settings", "learning_rate"], "no setting has 'learning_rate' in its key or description: did you"),
+        (["config", "settings", "qqqq"], "'qqqq' in its key or description: dist-llm config settings prints them all"),
+        (["config", "settings", "zero", "--markdown"], "--markdown prints the whole page: leave 'zero' out"),
         (["data", "verify", "--prefix", "x"], "--vocab-size=unset must be given with --prefix"),
         (
             ["data", "inspect", "--prefix", "x", "run.steps=3"],
@@ -124,6 +127,48 @@ def test_rules_page_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
     page = (ROOT / "docs" / "reference" / "layout-rules.md").read_text(encoding="utf-8")
     assert page == rules_page(), "run: dist-llm config rules --markdown > docs/reference/layout-rules.md"
     assert all(f"`{rule.name}`" in page for rule in RULES)
+
+
+def test_settings_page_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "settings", "--markdown"]) == 0
+    assert capsys.readouterr().out == settings_page()
+    page = (ROOT / "docs" / "reference" / "settings.md").read_text(encoding="utf-8")
+    assert page == settings_page(), "run: dist-llm config settings --markdown > docs/reference/settings.md"
+
+
+def test_settings_are_found(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "settings", "Parallel.Zero"]) == 0
+    head, meaning = capsys.readouterr().out.splitlines()
+    assert head == "parallel.zero: 0, 1, 2 or 3 (default 1)"
+    assert meaning.startswith("    ZeRO stage (Rajbhandari et al. 2020): ")
+    assert main(["config", "settings", "base of the angular"]) == 0
+    assert capsys.readouterr().out.startswith("model.rope.theta: number above 1 (default 10000.0)\n")
+    assert main(["config", "settings"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2 * len(list_settings())
+
+
+def test_settings_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "settings", "cluster.device", "--json"]) == 0
+    device, count = json.loads(capsys.readouterr().out)["settings"]
+    assert device == {
+        "key": "cluster.device",
+        "takes": "cpu or cuda",
+        "required": True,
+        "description": "Kind of device; a run on another kind has no MFU.",
+    }
+    assert (count["key"], count["required"]) == ("cluster.devices_per_node", True)
+    assert main(["config", "settings", "model.head_dim", "--json"]) == 0
+    (width,) = json.loads(capsys.readouterr().out)["settings"]
+    assert (width["required"], width["default"]) == (False, None)
+
+
+def test_settings_load_nothing_heavy() -> None:
+    program = (
+        "import sys; from dist_llm.cli.main import main; main(['config', 'settings', '--markdown']); "
+        "print([m for m in ('torch', 'hydra', 'omegaconf', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_presets(capsys: pytest.CaptureFixture[str]) -> None:

@@ -132,7 +132,7 @@ def test_a_signal_lets_the_ranks_save(launcher: subprocess.Popen[str], number: s
     _, error = launcher.communicate(timeout=30)
     assert launcher.returncode == 75
     assert error == (
-        "dist-llm launch: rank 0 of 2 ended with exit code 75 (saved and preempted; requeue) "
+        "dist-llm launch: rank 0 of 2 ended with exit code 75 (preempted, nothing lost; the same command goes on) "
         f"after {number.name}\n"
     )  # fmt: skip
 

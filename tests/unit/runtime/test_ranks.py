@@ -48,9 +48,10 @@ def test_uneven_nodes_of_srun() -> None:
     assert discover_ranks({**env, "SLURM_LOCALID": "0", "SLURM_NODEID": "2"}) == RankInfo(8, 9, 0, 1)
 
 
-def test_one_node() -> None:
+def test_nodes() -> None:
     assert RankInfo(1, 4, 1, 4).one_node
     assert not RankInfo(1, 8, 1, 4).one_node
+    assert [RankInfo(1, world, 1, 4).nodes for world in (4, 8)] == [1, 2]
 
 
 @pytest.mark.parametrize(
