@@ -114,8 +114,10 @@ class EngineUnavailable(DistLLMError):
     exit_code = ExitCode.CONFIG
 
 
-def exit_code_of(error: BaseException, is_peer_loss: Callable[[BaseException], bool]) -> ExitCode:
-    """Return the exit code of an error: its own, 69 for a lost peer, 74 for the operating system's, else 70."""
+def exit_code_of(error: BaseException, is_peer_loss: Callable[[BaseException], bool]) -> int:
+    """Return the exit code of an error: its own, 130 for Ctrl-C, 69 for a lost peer, 74 for the system's, else 70."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
     if isinstance(error, DistLLMError):
         return error.exit_code
     if is_peer_loss(error):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-RUN_LOCK = ".lock"
+RUN_LOCK = ".dist-llm-run.lock"
 """File that marks the folder of a run: its writer holds a lock on it."""
 
 IGNORE_INDEX = -100

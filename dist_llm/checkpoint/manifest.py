@@ -158,7 +158,7 @@ def check_identity(saved: Mapping[str, object], current: Mapping[str, object], o
     """Raise CheckpointMismatch listing every field, dotted, in which the owner's identity differs from the run's."""
     before, now = _flatten(saved), _flatten(current)
     violations = [
-        Violation(key, now.get(key, "absent"), f"differs from {owner}", _settable(key, before.get(key, "absent")))
+        Violation(key, now.get(key, "absent"), f"differs from {owner}", _settable(key, before))
         for key in sorted(before.keys() | now.keys())
         if key not in before or key not in now or not _same(before[key], now[key])
     ]
@@ -166,9 +166,9 @@ def check_identity(saved: Mapping[str, object], current: Mapping[str, object], o
         raise CheckpointMismatch(violations)
 
 
-def _settable(key: str, value: object) -> tuple[object, ...]:
+def _settable(key: str, saved: Mapping[str, object]) -> tuple[object, ...]:
     """Return the saved value as one to use; the digest of a file or a text is no setting."""
-    return () if key.endswith(("sha256", "fingerprint")) else (value,)
+    return () if key not in saved or key.endswith(("sha256", "fingerprint")) else (saved[key],)
 
 
 def _structure_problems(manifest: Manifest) -> Iterator[str]:

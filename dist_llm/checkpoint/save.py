@@ -98,7 +98,7 @@ def save(root: Path, step: int, state: TrainState, group: ProcessGroup | None = 
     IncompleteStateError (our bug). A sound checkpoint of this step is kept when it holds the same state, else
     CheckpointError; a damaged one is put aside. StorageError when any rank cannot write. Every rank raises the same
     error, and then no new name is committed (but for an error of the very last sync, of `root`: saving again settles
-    it). Collectives over `group` (CPU): 3 broadcasts, 1 gather; where a sound one is there, 4 and 1.
+    it). Collectives over `group` (CPU): 3 broadcasts, 1 gather; where a sound one is there, 6 and 2.
     """
     return save_over(connect(group), root, step, state)
 

@@ -172,8 +172,8 @@ def require_directory(path: Path) -> None:
 
 def make_root(root: Path) -> None:
     """Make the directory that holds a run's checkpoints, and its parents, durably, where they are missing."""
-    missing = [path for path in (root, *root.parents) if not path.exists()]
     with _reported("make", root):
+        missing = [path for path in (root, *root.parents) if not path.exists()]
         root.mkdir(mode=0o755, parents=True, exist_ok=True)
     for path in missing:
         sync_directory(path.parent)

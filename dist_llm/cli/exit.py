@@ -29,10 +29,13 @@ def preemptible(arguments: argparse.Namespace) -> Iterator[None]:
     """
 
     def leave(number: int, frame: FrameType | None) -> None:
-        if not arguments.follows:
-            name, code = signal.Signals(number).name, int(ExitCode.PREEMPTED)
-            _say(f"{arguments.speaker}: {name} with nothing to save (exit code {code}: requeue)")
-        os._exit(ExitCode.PREEMPTED)
+        try:
+            if not arguments.follows:
+                name, code = signal.Signals(number).name, int(ExitCode.PREEMPTED)
+                # Not print: the signal may have come in the middle of one.
+                os.write(2, f"{arguments.speaker}: {name} with nothing to save (exit code {code}: requeue)\n".encode())
+        finally:
+            os._exit(ExitCode.PREEMPTED)
 
     before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
@@ -52,7 +55,7 @@ def execute(run: Callable[[argparse.Namespace], Answer], arguments: argparse.Nam
         return INTERRUPTED
     except Exception as error:
         if arguments.follows and _is_said_elsewhere(error):
-            return int(exit_code(error))
+            return exit_code(error)
         return report_error(error, arguments.speaker, arguments.debug, arguments.as_json)
     if arguments.as_json:
         _print(json.dumps(dict(answer.data or {"ok": answer.code == ExitCode.DONE}), indent=2, allow_nan=False))
@@ -84,7 +87,7 @@ def _is_said_elsewhere(error: Exception) -> bool:
     return isinstance(error, DistLLMError) and error.shared and not own_bug
 
 
-def exit_code(error: Exception) -> ExitCode:
+def exit_code(error: Exception) -> int:
     """Return the exit code of an error. Without torch there are no peers, and asking for them would load it."""
     if "torch" not in sys.modules:
         return exit_code_of(error, lambda error: False)
@@ -93,7 +96,7 @@ def exit_code(error: Exception) -> ExitCode:
     return exit_code_of(error, is_peer_loss)
 
 
-def _message(error: Exception, code: ExitCode) -> str:
+def _message(error: Exception, code: int) -> str:
     """Return what went wrong in words, with the notes that were added on the way."""
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and not isinstance(error, DistLLMError) and error.strerror:

@@ -31,7 +31,7 @@ dist-llm COMMAND --help describes a command. Any setting can be overridden: key=
   dist-llm launch experiment=quickstart
   dist-llm train model=llama-tiny run.steps=500 optimizer.lr=1e-3
 exit codes: 0 done, 65 data or checkpoint damaged, 69 a peer was lost (retry), 70 our bug, 74 I/O,
-  75 preempted (requeue), 76 numerics, 78 config"""
+  75 preempted (requeue), 76 numerics, 78 config, 130 Ctrl-C with nothing to save"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

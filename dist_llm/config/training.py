@@ -47,7 +47,7 @@ class PrecisionConfig(Section):
 
     name: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
     """Format of matrix products and activations; fp64 is for verification on CPU."""
-    initial_loss_scale: float = Field(65536.0, gt=0)
+    initial_loss_scale: float = Field(65536.0, ge=1)
     """Factor on the loss that fp16 starts with (Micikevicius et al. 2018); other formats use 1."""
     loss_scale_window: Count = 1000
     """Steps without overflow, in a row, after which fp16's loss scale doubles; an overflow halves it."""

@@ -3,7 +3,7 @@
     path -> find_corpus -> Corpus (files in one fixed order) -> read_documents -> str, str, ...
 
 A file is a document; of a longer one each 8 MiB, cut at a line end, is one, and in JSONL each line `{"text": ...}`.
-In a folder, hidden names, links and folders of runs are passed over; so are, counted, files that are not UTF-8 text.
+In a folder, hidden names, links and folders of runs are passed over; so are, counted, binaries and logs in JSONL.
 Invariant: same files, same documents in the same order, unchanged to the last byte; memory is bounded by one section.
 """
 
@@ -142,8 +142,11 @@ def _ignore(name: str, reason: str) -> None:
 
 
 def _documents_of(file: SourceFile, explicit: bool, on_skip: OnSkip) -> Iterator[str]:
-    if file.name.endswith(".jsonl") and (explicit or _holds_documents(file)):
-        yield from _json_lines(file)
+    if file.name.endswith(".jsonl"):
+        if explicit or _holds_documents(file):
+            yield from _json_lines(file)
+        else:
+            on_skip(file.name, 'JSONL whose first line is no {"text": ...}')
         return
     for offset, content in _sections(file):
         if not explicit and offset == 0 and b"\0" in content[:_BINARY_PROBE_BYTES]:
@@ -187,13 +190,15 @@ def _character_start(content: bytes) -> int:
 
 
 def _holds_documents(file: SourceFile) -> bool:
-    """Say whether a JSONL file among others is one of documents, by its first line; a log is text like any other."""
+    """Say whether a JSONL file among others is one of documents, by its first line that is not blank; else a log."""
+    line = b"\n"
     with open_regular(file.path) as stream, storage_errors("read", file.path):
-        line = stream.readline(MAX_LINE_BYTES + 1)
+        while line.isspace():
+            line = stream.readline(MAX_LINE_BYTES + 1)
     try:
         _text_of(line, file.name)
     except DataError:
-        return False
+        return not line
     return True
 
 

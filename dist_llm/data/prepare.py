@@ -38,7 +38,7 @@ from dist_llm.data.prepared import (
 from dist_llm.data.tokenizer import MAX_MODEL_BYTES, Tokenizer, train_tokenizer, usable_cores
 from dist_llm.errors import ConfigError, DataError, Violation
 
-_RECIPE = 1
+_RECIPE = 2
 """Part of the cache key: to be raised whenever the same input would give other tokens."""
 _BATCH_CHARACTERS = 1 << 20
 _REPORT_SECONDS = 2.0
@@ -224,9 +224,11 @@ def _survey(recipe: _Recipe, report: Report) -> _Survey:
         progress.at(num_bytes)
     if skipped:
         name, reason = skipped[0]
-        report(f"passed over {len(skipped)} files that are not UTF-8 text (the first: {display(name)}, {reason})")
+        report(
+            f"passed over {len(skipped)} files that hold no text to learn from (the first: {display(name)}, {reason})"
+        )
     if not num_documents:
-        held = f"{len(corpus.files)} files, {len(skipped)} of them not UTF-8 text, the others empty"
+        held = f"{len(corpus.files)} files, {len(skipped)} of them without text to learn from, the others empty"
         raise DataError(f"data.path={recipe.data.path} holds no text ({held if corpus.files else _NO_FILES})")
     return _Survey(num_documents, num_bytes, len(skipped))
 

@@ -51,10 +51,11 @@ def launch_local(
 def judge(end: RanksEnd) -> tuple[int, str]:
     """Return the exit code of the whole launch and the line that explains it (empty when all ranks are done)."""
     failed = [exit_ for exit_ in end.exits if exit_.code != 0]
+    if end.stopped_by is not None and all(exit_.forced and exit_.code == -signal.SIGTERM for exit_ in end.exits):
+        code = INTERRUPTED if end.stopped_by is signal.SIGINT else int(ExitCode.PREEMPTED)
+        return code, f"dist-llm launch: {end.stopped_by.name} before the ranks had begun"
     if not failed:
-        if end.stopped_by is None or end.exits:
-            return int(ExitCode.DONE), ""
-        return int(ExitCode.PREEMPTED), f"dist-llm launch: {end.stopped_by.name} before the ranks were started"
+        return int(ExitCode.DONE), ""
     cause = min(failed, key=lambda exit_: (_precedence(exit_), exit_.rank))
     if end.stopped_by is signal.SIGINT and _exit_code(cause) == ExitCode.PEER_LOST:
         return INTERRUPTED, "dist-llm launch: interrupted"

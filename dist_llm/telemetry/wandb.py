@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,9 +19,9 @@ class WandB:
         # Imported here: an optional extra.
         import wandb
 
-        name = run_dir.name
+        name, place = run_dir.name, hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()
         self._run = wandb.init(
-            project="dist_llm", name=name, id=name, resume="allow", dir=str(run_dir), config=dict(config)
+            project="dist_llm", name=name, id=place[:16], resume="allow", dir=str(run_dir), config=dict(config)
         )
 
     def __call__(self, record: StepRecord) -> None:

@@ -71,8 +71,13 @@ class Checkpoints:
         """Delete what is older than is kept, once the newest has been read back: each rank hashes its share of it."""
         channel, root, keep = connect(self.group), self.root, self.config.keep
         newest = step_directory(root, step)
-        if lead(channel, lambda: len(sound_checkpoints(root)) > keep) and shared_problem(channel, newest) is None:
-            lead(channel, lambda: prune(root, keep, checked=newest) and None)
+        if not lead(channel, lambda: len(sound_checkpoints(root)) > keep):
+            return
+        problem = shared_problem(channel, newest)
+        if problem is not None:
+            self.warn(f"the checkpoint of step {step} cannot be read back, so the older ones are kept: {problem}")
+            return
+        lead(channel, lambda: prune(root, keep, checked=newest) and None)
 
     def restore(self, must: bool) -> tuple[int, int]:
         """Load the newest sound checkpoint; return (steps done, tokens seen), zeros when there is none.

@@ -1,7 +1,7 @@
 """End a run at a step boundary, on all ranks or on none: asked by a signal, or because a hook of one rank failed.
 
-SIGTERM and SIGUSR1 may reach one rank or all, during a step; a full disk is met by the rank that writes. Both are
-noted, and between steps the worst note of all ranks is every rank's: all save and leave, or all raise the same error.
+SIGTERM, SIGUSR1 and Ctrl-C may reach one rank or all, during a step; a full disk is met by the rank that writes. Both
+are noted, and between steps the worst note of all ranks is every rank's: all save and leave, or all raise one error.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dist_llm.checkpoint.agreement import connect, each
 from dist_llm.train.loop import Hook
 
 _GO_ON, _STOP, _FAILED = 0, 1, 2
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Interruption:
@@ -26,9 +27,12 @@ class Interruption:
         self._group = group
         self._note = _GO_ON
         self._failure: Exception | None = None
-        self._previous = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        self._previous = {number: signal.signal(number, self._remember) for number in _SIGNALS}
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            # Whoever presses Ctrl-C again will not wait for the step to end.
+            signal.signal(number, signal.default_int_handler)
         self._note = max(self._note, _STOP)
 
     def attempt(self, work: Callable[[], None]) -> None:

@@ -40,6 +40,9 @@ def _case(variant: str, ranks: int, accumulation: int, **parallel: object) -> Ca
     return Case(variant, parallel, ranks, accumulation)
 
 
+MOST_RANKS = 16
+"""The largest layout that is tried: each rank is a process of this machine."""
+
 _DEFAULTS = ParallelConfig().model_dump()
 
 CASES: tuple[Case, ...] = (
@@ -81,7 +84,9 @@ def variant_model(model: ModelConfig, variant: str) -> ModelConfig:
 
 
 def misfit(config: RunConfig, case: Case) -> str | None:
-    """Return why the global batch cannot be cut as the case wants it, or None."""
+    """Return why one machine cannot try the case, or its global batch not be cut as the case wants it; or None."""
+    if case.ranks > MOST_RANKS:
+        return f"it takes {case.ranks} ranks, and one machine tries layouts of at most {MOST_RANKS}"
     data = int(str(case.parallel.get("data", 1)))
     pieces, batch = data * case.accumulation, config.data.global_batch
     if batch % pieces == 0:
@@ -103,12 +108,19 @@ def case_config(config: RunConfig, case: Case, precision: str) -> RunConfig:
     return RunConfig.model_validate(tree)
 
 
+def ranks_for(config: RunConfig) -> int:
+    """Return the ranks that the launcher starts, or, where they are too few for the layout, the fewest it can have."""
+    parallel = config.parallel
+    fewest = parallel.model_ranks * (parallel.data or parallel.replicate)
+    return max(config.launcher.nproc * config.launcher.nodes, fewest)
+
+
 def given(config: RunConfig) -> Case:
     """Return the case of the layout that the run itself asks for, all its settings kept."""
     parallel = {key: value for key, value in config.parallel.model_dump().items() if value != _DEFAULTS[key]}
-    ranks = config.launcher.nproc * config.launcher.nodes
+    ranks = ranks_for(config)
     data = ranks // config.parallel.model_ranks
-    accumulation = config.data.global_batch // (data * config.data.microbatch)
+    accumulation = max(1, config.data.global_batch // (data * config.data.microbatch))
     return Case("as-given", {**parallel, "zero": config.parallel.zero, "data": data}, ranks, accumulation)
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from dist_llm.accounting.flops import step_flops
-from dist_llm.checkpoint.agreement import connect, lead, together
+from dist_llm.checkpoint.agreement import Channel, connect, each, lead, together
 from dist_llm.checkpoint.manifest import check_identity
 from dist_llm.config.decode import decode
 from dist_llm.config.document import read_document
@@ -22,7 +22,7 @@ from dist_llm.data.prepare import prepare
 from dist_llm.data.prepared import PreparedData
 from dist_llm.data.tokenizer import Tokenizer
 from dist_llm.engine.build import build_engine
-from dist_llm.errors import ConfigError, DistLLMError, ExitCode, Violation, exit_code_of
+from dist_llm.errors import ConfigError, DataError, DistLLMError, ExitCode, Violation, exit_code_of
 from dist_llm.runtime.device import peak_memory_gib
 from dist_llm.runtime.log import get_logger
 from dist_llm.runtime.mesh import build_control_group, build_mesh
@@ -69,10 +69,27 @@ def run(config: RunConfig, config_yaml: str, ranks: RankInfo) -> Outcome:
         say = log.info if ranks.rank == 0 else log.warning
         data, tokenizer, size = config.data, config.tokenizer, config.model.vocab_size
         prepared = together(connect(control), lambda: prepare(data, tokenizer, size, say, log.info))
+        require_same_data(connect(control), prepared)
         with contextlib.closing(_Run(config, config_yaml, ranks, prepared, device, control)) as started:
             return started.train()
     finally:
         stop_process()
+
+
+def require_same_data(channel: Channel, prepared: PreparedData) -> None:
+    """Raise DataError on every rank unless all prepared the same tokens: each lists the corpus for itself.
+
+    Collectives: a gather and two broadcasts.
+    """
+    found = each(channel, lambda: [prepared.fingerprint, prepared.tokenizer_sha256])
+
+    def compare() -> None:
+        others = [str(rank) for rank, facts in enumerate(found) if facts != found[0]]
+        if others:
+            whose = f"rank{'s' * (len(others) > 1)} {', '.join(others[:8])}{' and more' * (len(others) > 8)}"
+            raise DataError(f"data.path held other text for {whose} than for rank 0; keep it unchanged and start again")
+
+    lead(channel, compare)
 
 
 class _Run:

@@ -23,11 +23,13 @@ from dist_llm.data.loader import TokenLoader
 from dist_llm.data.prepare import prepare
 from dist_llm.data.tokenizer import Tokenizer
 from dist_llm.engine.native import NativeEngine
+from dist_llm.errors import ConfigError, Violation
 from dist_llm.runtime.mesh import build_control_group, build_mesh
 from dist_llm.runtime.pool import WorkerPool
 from dist_llm.runtime.seed import set_determinism
 from dist_llm.train.checkpoints import Checkpoints
 from dist_llm.train.identity import identity_of, layout_of, recipe_of
+from dist_llm.train.layouts import MOST_RANKS, ranks_for
 from dist_llm.train.verify import Rectangle, assemble
 
 MOVES: tuple[Mapping[str, object], ...] = (
@@ -113,9 +115,9 @@ def verify_resume(
     config: RunConfig, *, steps: int = 8, report: Callable[[str], None] = lambda message: None
 ) -> dict[str, object]:
     """Stop the run at several steps, resume it, move it to other layouts; return the findings as JSON-able facts."""
+    ranks = _ranks(config)
     prepared = prepare(config.data, config.tokenizer, config.model.vocab_size, report)
     source = (prepared.prefix, Tokenizer.load(prepared.tokenizer_path).eos_id)
-    ranks = config.launcher.nproc * config.launcher.nodes
     rows: list[dict[str, object]] = []
     refused: dict[str, str] = {}
     with WorkerPool(max(ranks, 4), timeout_seconds=300.0) as pool, tempfile.TemporaryDirectory() as folder:
@@ -149,6 +151,18 @@ def verify_resume(
             rows.append(_row(f"move to {_named(parallel)}", same_order, _different(there, saved)))
             report(_line(rows[-1]))
     return {"ok": all(row["ok"] for row in rows), "steps": steps, "cases": rows, "not_legal": refused}
+
+
+def _ranks(config: RunConfig) -> int:
+    """Return the ranks to train on. Raises ConfigError where the config does not fit them, or one machine."""
+    ranks = ranks_for(config)
+    violations = check(config, ranks)
+    if ranks > MOST_RANKS:
+        rule = f"is more than one machine tries to resume with: at most {MOST_RANKS} ranks"
+        violations = [Violation("launcher.nproc", ranks, rule, (MOST_RANKS,))]
+    if violations:
+        raise ConfigError(violations)
+    return ranks
 
 
 def _sample(number: int, tokens: torch.Tensor) -> tuple[int, str]:

@@ -71,7 +71,9 @@ def test_a_termination_signal_before_the_first_step_asks_to_be_requeued(place: P
         assert process.wait(PATIENCE_SECONDS) == 75, log.read_text()
     finally:
         end(process)
-    assert not (place.runs / f"early-{command}").exists()
+    again = run([command, *place.words(f"early-{command}", *layout, *QUIET, fresh, "run.steps=1")], place.folder)
+    assert again.returncode == 0, again.stderr
+    assert [line["step"] for line in lines(place.runs / f"early-{command}" / "metrics.jsonl")] == [1]
 
 
 def test_a_killed_rank_ends_the_launch_and_the_resumed_run_is_bit_equal(place: Place, whole: Path) -> None:

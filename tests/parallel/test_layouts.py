@@ -141,6 +141,13 @@ def eval_losses(config: RunConfig) -> list[float]:
 
 def test_evaluation_agrees_and_changes_nothing(pool: WorkerPool) -> None:
     one = pool.run(eval_losses, tiny_config({}, GPT2, precision=FP64), world=1)[0]
-    for ranks, parallel in ((4, {"zero": 3}), (4, {"pipeline": 2, "zero": 2}), (2, {"tensor": 2, "sequence": True})):
+    interleaved = {"pipeline": 2, "virtual_pipeline": 2, "schedule": "interleaved"}
+    layouts = (
+        (4, {"zero": 3}),
+        (4, {"pipeline": 2, "zero": 2}),
+        (2, {"tensor": 2, "sequence": True}),
+        (2, interleaved),
+    )
+    for ranks, parallel in layouts:
         for ours in pool.run(eval_losses, tiny_config(parallel, GPT2, precision=FP64), world=ranks):
             assert ours == pytest.approx(one, rel=FP64_FEW_STEPS)

@@ -13,6 +13,7 @@ import pytest
 from dist_llm.data import corpus as corpus_module
 from dist_llm.data.corpus import find_corpus, iter_documents, read_documents
 from dist_llm.errors import ConfigError, DataError, ExitCode, StorageError
+from dist_llm.types import RUN_LOCK
 from tests.unit.data.corpora import source_text, write_folder
 
 
@@ -194,15 +195,19 @@ def test_a_run_inside_a_folder_is_not_its_text(tmp_path: Path) -> None:
     before = find_corpus(str(tmp_path)).signature()
     run = tmp_path / "runs" / "default"
     (run / "checkpoints").mkdir(parents=True)
-    for name in (".lock", "config.yaml", "events.jsonl", "checkpoints/manifest.json"):
+    for name in (RUN_LOCK, "config.yaml", "events.jsonl", "checkpoints/manifest.json"):
         (run / name).write_text("{}\n")
     assert list(iter_documents(str(tmp_path))) == ["print(1)\n"]
     assert find_corpus(str(tmp_path)).signature() == before
 
 
-def test_in_a_folder_a_log_in_jsonl_is_text_and_documents_are_documents(tmp_path: Path) -> None:
-    (tmp_path / "documents.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+def test_in_a_folder_a_log_in_jsonl_is_passed_over_and_documents_are_documents(tmp_path: Path) -> None:
+    (tmp_path / "documents.jsonl").write_text('\n{"text": "one"}\n{"text": "two"}\n')
     (tmp_path / "log.jsonl").write_text('{"time": 1}\n')
-    assert list(iter_documents(str(tmp_path))) == ["one", "two", '{"time": 1}\n']
+    (tmp_path / "nothing.jsonl").write_text("\n")
+    skipped: list[str] = []
+    corpus = find_corpus(str(tmp_path))
+    assert list(read_documents(corpus, on_skip=lambda name, reason: skipped.append(name))) == ["one", "two"]
+    assert skipped == ["log.jsonl"]
     with pytest.raises(DataError, match='string "text"'):
         list(iter_documents(str(tmp_path / "log.jsonl")))

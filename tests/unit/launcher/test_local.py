@@ -219,6 +219,24 @@ def test_causes_come_before_consequences(exits: list[RankExit], code: int) -> No
     assert judge(RanksEnd(tuple(exits), None))[0] == code
 
 
+@pytest.mark.parametrize(
+    ("exits", "stopped_by", "code"),
+    [
+        ([], signal.SIGTERM, 75),
+        ([], signal.SIGINT, 130),
+        ([RankExit(0, -15, True), RankExit(1, -15, True)], signal.SIGTERM, 75),
+        ([RankExit(0, -15, True), RankExit(1, -15, True)], signal.SIGINT, 130),
+        ([RankExit(0, -15, True), RankExit(1, 75, False)], signal.SIGTERM, 75),
+        ([RankExit(0, 75, False), RankExit(1, 75, False)], signal.SIGINT, 75),
+        ([RankExit(0, -9, True), RankExit(1, -15, True)], signal.SIGTERM, 69),
+        ([RankExit(0, 69, False), RankExit(1, -15, True)], signal.SIGINT, 130),
+        ([RankExit(0, 0, False), RankExit(1, 0, False)], signal.SIGTERM, 0),
+    ],
+)
+def test_who_was_told_to_stop_is_not_at_fault(exits: list[RankExit], stopped_by: signal.Signals, code: int) -> None:
+    assert judge(RanksEnd(tuple(exits), stopped_by))[0] == code
+
+
 def test_the_private_folder_is_removed(rank_script: Callable[[str], str], capfd: pytest.CaptureFixture[str]) -> None:
     assert launch_local([sys.executable, rank_script("print(os.environ['DIST_LLM_STORE'], flush=True)")], 1) == 0
     store = Path(capfd.readouterr().out.strip())

@@ -29,8 +29,8 @@ def outcomes(event: str) -> list[str]:
     ends = []
     for step in range(3):
         if step == 1 and dist.get_rank() == 1:
-            if event == "signal":
-                os.kill(os.getpid(), signal.SIGTERM)
+            if event.startswith("SIG"):
+                os.kill(os.getpid(), signal.Signals[event])
             else:
                 hook(RECORD)
         try:
@@ -42,13 +42,31 @@ def outcomes(event: str) -> list[str]:
     return ends
 
 
-def test_a_signal_to_one_rank_stops_all(pool: WorkerPool) -> None:
-    assert pool.run(outcomes, "signal", world=3) == [["False", "True", "True"]] * 3
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_to_one_rank_stops_all(name: str, pool: WorkerPool) -> None:
+    assert pool.run(outcomes, name, world=3) == [["False", "True", "True"]] * 3
 
 
 def test_a_failed_hook_of_one_rank_is_every_ranks_error(pool: WorkerPool) -> None:
     message = "StorageError True rank 1: cannot write metrics.jsonl: No space left on device"
     assert pool.run(outcomes, "full disk", world=3) == [["False", message]] * 3
+
+
+def impatient() -> str:
+    """Press Ctrl-C twice."""
+    interruption = Interruption(build_control_group(30.0))
+    os.kill(os.getpid(), signal.SIGINT)
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt:
+        return f"at once, {interruption.agreed()}"
+    finally:
+        interruption.close()
+    return "ignored"
+
+
+def test_a_second_ctrl_c_is_not_kept_waiting(pool: WorkerPool) -> None:
+    assert pool.run(impatient, world=1) == ["at once, True"]
 
 
 def alone() -> None:

@@ -90,6 +90,17 @@ def test_the_layout_of_the_config_comes_first_once() -> None:
     assert len(choose(tiny_config(), "all")) == len(CASES)
 
 
+def test_a_layout_without_a_launcher_gets_the_fewest_ranks() -> None:
+    assert given(tiny_config({"tensor": 2, "pipeline": 2}, launcher={"nproc": 1})).ranks == 4
+    assert given(tiny_config({"replicate": 2, "zero": 3}, launcher={"nproc": 1})).ranks == 2
+    assert given(tiny_config({"tensor": 2}, launcher={"nproc": 8})).ranks == 8
+
+
+def test_a_layout_of_many_ranks_is_not_tried_on_one_machine() -> None:
+    config = tiny_config(data={"global_batch": 64}, launcher={"nproc": 64})
+    assert "64 ranks" in str(misfit(config, given(config)))
+
+
 def test_a_text_in_no_name_is_a_mistake() -> None:
     with pytest.raises(ConfigError, match="--layouts=typo"):
         choose(tiny_config(), "typo")
