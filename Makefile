@@ -63,7 +63,8 @@ full: setup lint types imports ## everything: ci and the tests marked slow
 docs: setup ## build docs/_build, check its links and run the code that it shows
 	@$(BIN)/python docs/build.py
 
-bench: setup ## time a training step over layouts
+bench: setup ## time answers that train nothing, and training steps over layouts
+	@$(BIN)/python benchmarks/start.py
 	@$(BIN)/python benchmarks/step.py
 
 golden: setup ## regenerate the golden curves of tests/golden (review the diff)

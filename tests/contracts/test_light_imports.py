@@ -17,6 +17,8 @@ CONFIG_ONLY = ("hydra", "omegaconf")
 LIGHT_LAYERS = ("errors", "types", "config", "accounting", "planner", "launcher", "cli")
 HELP_MODULES = 150
 """Modules that `dist-llm --help` may load beyond a bare interpreter's."""
+CONFIG_MODULES = 450
+"""The same for a command that composes a config and refuses it; benchmarks/start.py times both."""
 
 _IMPORT_EACH = """
 import importlib, json, sys
@@ -94,3 +96,4 @@ def test_config_error_is_light() -> None:
     assert "parallel.tensor=3" in answer["text"]
     assert "optimizer.lrr" in answer["text"]
     assert [name for name in answer["loaded"] if name in HEAVY] == []
+    assert len(answer["loaded"]) <= CONFIG_MODULES, f"{len(answer['loaded'])} modules: {answer['loaded']}"

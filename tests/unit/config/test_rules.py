@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import re
 import statistics
-import time
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from dist_llm.config.run import RunConfig
 from dist_llm.errors import ConfigError, ExitCode, LayoutError, Violation
 from tests.unit.config.broken import BROKEN
 from tests.unit.config.trees import config_with, set_key, small_tree
+from tests.work import counted
 
 
 def _id(case: tuple[str, dict[str, object], int | None, str]) -> str:
@@ -117,23 +117,23 @@ def _random_config(pick: random.Random) -> tuple[dict[str, Any], int | None]:
     return tree, pick.choice([None, 1, 2, 3, 4, 8, 12])
 
 
-def test_any_config_is_ok_or_refused_in_milliseconds() -> None:
+def test_any_config_is_ok_or_refused_at_once() -> None:
     pick = random.Random(7)
-    seconds, outcomes = [], {"ok": 0, "refused": 0}
+    calls, outcomes = [], {"ok": 0, "refused": 0}
     for _ in range(1000):
         tree, ranks = _random_config(pick)
-        started = time.process_time()
         try:
-            decode_and_check(tree, ranks)
+            with counted() as work:
+                decode_and_check(tree, ranks)
             outcomes["ok"] += 1
         except ConfigError as error:
             outcomes["refused"] += 1
             assert error.exit_code == ExitCode.CONFIG
             assert all(len(str(violation)) < 400 for violation in error.violations)
-        seconds.append(time.process_time() - started)
+        calls.append(work.calls)
     assert min(outcomes.values()) > 200
-    assert statistics.median(seconds) < 0.02
-    assert max(seconds) < 1
+    assert statistics.median(calls) < 5_000
+    assert max(calls) < 20_000
 
 
 def test_what_is_called_legal_is_legal() -> None:
@@ -187,13 +187,13 @@ def test_wrong_number_of_ranks_is_a_layout_error() -> None:
 
 def test_absurd_numbers_cost_nothing() -> None:
     config = config_with(parallel__tensor=2**31 - 1, data__global_batch=2**31 - 1, model__num_heads=2**31 - 1)
-    started = time.process_time()
-    for ranks in (720720, 2**20, 999_999_999):
-        assert check(config, ranks)
-        fitting_layouts(config, ranks, RULES)
-        with pytest.raises(LayoutError):
-            resolve_data(config_with(parallel__tensor=2, parallel__data=2), ranks)
-    assert time.process_time() - started < 2
+    with counted() as work:
+        for ranks in (720720, 2**20, 999_999_999):
+            assert check(config, ranks)
+            fitting_layouts(config, ranks, RULES)
+            with pytest.raises(LayoutError):
+                resolve_data(config_with(parallel__tensor=2, parallel__data=2), ranks)
+    assert work.calls < 2_000_000
 
 
 def test_fitting_layouts_are_legal() -> None:

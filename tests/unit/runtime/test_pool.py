@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -77,3 +79,24 @@ def test_ctrl_c_is_left_to_the_parent(pool: WorkerPool) -> None:
 def test_a_job_larger_than_the_pool_is_refused(pool: WorkerPool) -> None:
     with pytest.raises(ValueError, match="cannot run a job"):
         pool.run(rank_times, 1, world=pool.size + 1)
+
+
+def leave_groups_in_a_cycle() -> None:
+    """Make groups of their own that only the garbage collector frees, as pipeline stages and meshes do."""
+    keeper: dict[str, object] = {"groups": [dist.new_group(ranks=[0, 1]) for _ in range(8)]}
+    keeper["self"] = keeper
+
+
+def threads() -> int:
+    """Return the number of threads of this rank."""
+    return sum(1 for _ in Path("/proc/self/task").iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_a_jobs_groups_and_their_threads_end_with_it(pool: WorkerPool) -> None:
+    """Each group keeps threads that poll; left to the collector they slow down all later jobs."""
+    pool.run(leave_groups_in_a_cycle, world=2)
+    after_one = pool.run(threads, world=2)
+    for _ in range(3):
+        pool.run(leave_groups_in_a_cycle, world=2)
+    assert pool.run(threads, world=2) == after_one
