@@ -19,7 +19,7 @@ def pool() -> Iterator[WorkerPool]:
     """One pool for the whole run: starting ranks costs seconds, a job on them milliseconds. Starts when first used."""
     from dist_llm.runtime.pool import WorkerPool
 
-    with WorkerPool(8, timeout_seconds=60.0) as workers:
+    with WorkerPool(8, timeout_seconds=120.0) as workers:
         yield workers
 
 

@@ -13,6 +13,7 @@ from tests.e2e.tiny_run import (
     ONE_RANK,
     QUIET,
     STEPS,
+    TWO_RANKS,
     Place,
     checkpoint_tensors,
     curve,
@@ -74,8 +75,8 @@ def test_a_checkpoint_of_four_ranks_resumes_on_one(place: Place, whole: Path) ->
 
 
 def test_torchrun_and_launch_give_the_same_bits(place: Place) -> None:
-    common = ("parallel.tensor=2", "run.steps=6", "checkpoint.interval=0", *QUIET)
-    launched = run(["launch", *place.words("launched", *common, "launcher.nproc=2")], place.folder)
+    common = (*TWO_RANKS, "run.steps=6", "checkpoint.interval=0", *QUIET)
+    launched = run(["launch", *place.words("launched", *common)], place.folder)
     assert launched.returncode == 0, launched.stderr
     log = place.folder / "torchrun.log"
     flags = ["--standalone", "--nproc-per-node=2", "-m", "dist_llm", "train"]
@@ -108,8 +109,7 @@ def test_generate_and_checkpoint_verify_read_the_run(place: Place, whole: Path) 
 def test_a_done_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(place: Place, copied: Path) -> None:
     last = copied / "checkpoints" / f"step-{STEPS:08d}"
     (last / "rank-00000.safetensors").unlink()
-    words = place.words("copy", *FOUR_RANKS, "telemetry.sample_tokens=8")
-    again = run(["launch", *words], place.folder)
+    again = run(["train", *place.words("copy", *ONE_RANK, "telemetry.sample_tokens=8")], place.folder)
     assert again.returncode == 0, again.stderr
     assert "passed over" in again.stderr
     assert [event["kind"] for event in lines(copied / "events.jsonl")][-3:] == ["resume", "save", "stop"]

@@ -27,6 +27,7 @@ FOUR_RANKS = (
     "parallel.zero=1",
     "launcher.nproc=4",
 )
+TWO_RANKS = ("parallel.tensor=2", "launcher.nproc=2")
 ONE_RANK = ("parallel.tensor=1", "parallel.pipeline=1", "launcher.nproc=1")
 QUIET = ("telemetry.picture=false", "telemetry.tensorboard=false", "telemetry.sample_tokens=0")
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from dist_llm.config.run import RunConfig
+from dist_llm.runtime.pool import WorkerPool
+from dist_llm.train import verify
 from dist_llm.train import verify_resume as resume
 from dist_llm.train.verify import Trace, train_case, verify_layout
 from dist_llm.train.verify_resume import Leg, Outcome, run_leg, verify_resume
@@ -25,6 +28,13 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     return tiny_config({}, {"vocab_size": 300}, data, launcher={"nproc": 1}, **run)
 
 
+@pytest.fixture
+def shared(pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `verify` use the ranks that are there, where it would start its own."""
+    for module in (verify, resume):
+        monkeypatch.setattr(module, "WorkerPool", lambda size, timeout_seconds: nullcontext(pool))
+
+
 def broken_case(config: RunConfig, prefix: Path, eos_id: int, steps: int) -> Trace:
     """Train with tensor parallelism's all-reduce dropped."""
     import dist_llm.parallel.collectives as collectives
@@ -37,6 +47,7 @@ def broken_case(config: RunConfig, prefix: Path, eos_id: int, steps: int) -> Tra
         collectives.all_reduce_sum = kept
 
 
+@pytest.mark.usefixtures("shared")
 def test_layouts_are_equal_and_all_legal(config: RunConfig) -> None:
     facts = verify_layout(config, fp64=True, steps=4)
     assert facts["ok"] is True, facts
@@ -46,13 +57,16 @@ def test_layouts_are_equal_and_all_legal(config: RunConfig) -> None:
     assert len(rows) >= 16
 
 
-def test_a_broken_all_reduce_turns_it_red(config: RunConfig) -> None:
-    sound = verify_layout(config, fp64=True, layouts="as-given ranks=2 tensor=2 zero=0", steps=2)
+def test_a_broken_all_reduce_turns_it_red(config: RunConfig, request: pytest.FixtureRequest) -> None:
+    layouts = "as-given ranks=2 tensor=2 zero=0"
+    sound = verify_layout(config, fp64=True, layouts=layouts, steps=2)
     assert sound["ok"] is True
-    broken = verify_layout(config, fp64=True, layouts="as-given ranks=2 tensor=2 zero=0", steps=2, train=broken_case)
+    request.getfixturevalue("shared")
+    broken = verify_layout(config, fp64=True, layouts=layouts, steps=2, train=broken_case)
     assert broken["ok"] is False
 
 
+@pytest.mark.usefixtures("shared")
 def test_resume_is_exact(config: RunConfig) -> None:
     facts = verify_resume(config, steps=4)
     assert facts["ok"] is True, facts
@@ -77,6 +91,7 @@ def forgetful_leg(config: RunConfig, prefix: Path, eos_id: int, root: Path, leg:
         native.NativeEngine.restore = kept  # type: ignore[method-assign]
 
 
+@pytest.mark.usefixtures("shared")
 def test_a_lost_moment_turns_resume_red(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resume, "run_leg", forgetful_leg)
     monkeypatch.setattr(resume, "MOVES", ())
