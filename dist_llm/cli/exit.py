@@ -57,11 +57,10 @@ def execute(run: Callable[[argparse.Namespace], Answer], arguments: argparse.Nam
         if arguments.follows and _is_said_elsewhere(error):
             return exit_code(error)
         return report_error(error, arguments.speaker, arguments.debug, arguments.as_json)
+    text = answer.text
     if arguments.as_json:
-        _print(json.dumps(dict(answer.data or {"ok": answer.code == ExitCode.DONE}), indent=2, allow_nan=False))
-    elif answer.text:
-        _print(answer.text)
-    return int(answer.code)
+        text = json.dumps(dict(answer.data or {"ok": answer.code == ExitCode.DONE}), indent=2, allow_nan=False)
+    return _print(text, int(answer.code), arguments.speaker)
 
 
 def report_error(error: Exception, speaker: str, debug: bool, as_json: bool) -> int:
@@ -77,7 +76,7 @@ def report_error(error: Exception, speaker: str, debug: bool, as_json: bool) -> 
             facts["violations"] = [
                 {"key": v.key, "value": v.value, "rule": v.rule, "legal": list(v.legal)} for v in error.violations
             ]
-        _print(json.dumps(facts, indent=2, default=str))
+        return _print(json.dumps(facts, indent=2, default=str), int(code), speaker)
     return int(code)
 
 
@@ -110,17 +109,24 @@ def _message(error: Exception, code: int) -> str:
 
 def _say(text: str) -> None:
     """Print on stderr, whatever characters it can show."""
-    with contextlib.suppress(OSError):
-        print(_encodable(text, sys.stderr.encoding), file=sys.stderr, flush=True)
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(_encodable(text, sys.stderr.encoding), file=sys.stderr, flush=True)
 
 
-def _print(text: str) -> None:
-    """Print on stdout; a reader that went away (`| head`) is no error."""
+def _print(text: str | None, code: int, speaker: str) -> int:
+    """Print on stdout, if there is one, and return `code`; a reader that went away (`| head`) is no error."""
+    if not text or sys.stdout is None:
+        return code
     try:
         print(_encodable(text, sys.stdout.encoding), flush=True)
-    except BrokenPipeError:
-        # Python flushes stdout again at exit; there is nobody left to tell.
+    except OSError as error:
+        # Python flushes stdout again at exit, and would fail again.
         sys.stdout = None
+        if not isinstance(error, BrokenPipeError):
+            _say(f"{speaker}: cannot write to stdout: {error.strerror}")
+            return int(ExitCode.IO)
+    return code
 
 
 def _encodable(text: str, encoding: str | None) -> str:

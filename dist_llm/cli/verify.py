@@ -11,7 +11,7 @@ from dist_llm.errors import ConfigError, ExitCode, Violation
 _CASES = """\
 The layout that the config asks for is compared first, then each of a fixed list that the model permits: every axis,
 schedule and ZeRO stage alone, and mixes of up to 8 ranks. A layout's name begins with the model that it trains:
-  as-given                  the model of the config
+  as-given                  the model of the config (attention dropout taken as 0)
   untied, odd-vocabulary    it with embedding and head untied, or with a vocabulary that 2 does not divide
   gpt2, gpt2-untied         it in GPT-2's layout (learned positions, LayerNorm, GELU, biases, dropout 0.1)
 accumulation is the number of microbatches in each rank's share of a batch."""

@@ -74,7 +74,7 @@ class ModelConfig(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     """Probability that an element of the embeddings, or of what a half of a block adds, is dropped in training."""
     attention_dropout: float = Field(0.0, ge=0, lt=1)
-    """Probability that an attention weight is dropped in training."""
+    """Probability that an attention weight is dropped in training; above 0 each layout draws other masks."""
     init_std: float = Field(0.02, gt=0)
     """Standard deviation of initial matrices; those that end a residual branch, over sqrt(2 num_layers) (GPT-2)."""
 

@@ -72,8 +72,8 @@ def _lock(path: Path, report: Report) -> Iterator[None]:
             time.sleep(_POLL_SECONDS)
         with storage_errors("write", path):
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
+            # Past the file's buffer, which would try again when the file is closed, and fail without its name.
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
 
 

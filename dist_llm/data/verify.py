@@ -23,7 +23,7 @@ _BLOCK_TOKENS = 1 << 22
 class DatasetReport:
     """What a data set holds and what is wrong with it; min_token and max_token are None without tokens.
 
-    empty_documents counts documents without a token; checksums says whether there were any to compare.
+    empty_documents counts documents without a token; checksums_compared says whether there were any to compare.
     """
 
     prefix: str
@@ -34,7 +34,7 @@ class DatasetReport:
     longest_document: int
     min_token: int | None
     max_token: int | None
-    checksums: bool
+    checksums_compared: bool
     problems: tuple[str, ...]
     ok: bool
 
@@ -68,7 +68,7 @@ def verify_dataset(prefix: Path, vocab_size: int) -> DatasetReport:
         longest_document=int(lengths.max()) if len(lengths) else 0,
         min_token=lowest,
         max_token=highest,
-        checksums=manifest_there,
+        checksums_compared=manifest_there,
         problems=tuple(problems),
         ok=not problems,
     )

@@ -1,4 +1,8 @@
-"""When and what to save and restore: engine state, RNG state, tokens seen, identity and layout in one checkpoint."""
+"""When and what to save and restore: engine state, RNG state, tokens seen, identity and layout in one checkpoint.
+
+A step that is skipped may follow an update that ruined the weights. So none of an interval is saved at one, and older
+checkpoints are deleted only once a step after the newest has been finite: a run that diverges keeps one from before.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +40,10 @@ class Checkpoints:
     report: Callable[[int], None]
     warn: Callable[[str], None]
     saved_step: int = field(default=-1)
+    _due: bool = field(default=False)
+    _skipped: bool = field(default=False)
+    _unproven: int | None = field(default=None)
+    _rejected: frozenset[Path] = field(default=frozenset())
 
     def _state(self, tokens: int, with_rng: bool) -> TrainState:
         state = self.engine.state()
@@ -54,30 +62,47 @@ class Checkpoints:
         return TrainState(tuple(tensors), facts)
 
     def after_step(self, record: StepRecord) -> None:
-        """Save when the interval says so (a hook of the loop)."""
-        if self.config.interval and record.step % self.config.interval == 0:
+        """Save when the interval says so, or at the first step after it that is not skipped (a hook of the loop)."""
+        self._due |= bool(self.config.interval) and record.step % self.config.interval == 0
+        self._skipped = record.skipped
+        if self._skipped:
+            return
+        self._delete_older()
+        if self._due:
             self.save(record.step, record.tokens)
 
+    def finish(self, step: int, tokens: int) -> None:
+        """Save the last step of this process, and delete older checkpoints unless it was skipped."""
+        self.save(step, tokens)
+        if not self._skipped:
+            self._delete_older()
+
     def save(self, step: int, tokens: int) -> None:
-        """Commit a checkpoint of `step` once, then prune. Every rank calls it; collectives over the control group."""
+        """Commit a checkpoint of `step` once. Every rank calls it; collectives over the control group."""
         if step == self.saved_step:
             return
         save(self.root, step, self._state(tokens, with_rng=True), self.group)
-        self.saved_step = step
+        self.saved_step, self._unproven, self._due = step, step, False
+        self._rejected -= {step_directory(self.root, step)}
         self.report(step)
-        self._prune(step)
+
+    def _delete_older(self) -> None:
+        """Prune if a checkpoint was saved since. Collectives over the control group."""
+        if self._unproven is not None:
+            self._prune(self._unproven)
+            self._unproven = None
 
     def _prune(self, step: int) -> None:
         """Delete what is older than is kept, once the newest has been read back: each rank hashes its share of it."""
         channel, root, keep = connect(self.group), self.root, self.config.keep
         newest = step_directory(root, step)
-        if not lead(channel, lambda: len(sound_checkpoints(root)) > keep):
+        if not lead(channel, lambda: len(sound_checkpoints(root, self._rejected)) > keep):
             return
         problem = shared_problem(channel, newest)
         if problem is not None:
             self.warn(f"the checkpoint of step {step} cannot be read back, so the older ones are kept: {problem}")
             return
-        lead(channel, lambda: prune(root, keep, checked=newest) and None)
+        lead(channel, lambda: prune(root, keep, checked=newest, rejected=self._rejected) and None)
 
     def restore(self, must: bool) -> tuple[int, int]:
         """Load the newest sound checkpoint; return (steps done, tokens seen), zeros when there is none.
@@ -88,6 +113,9 @@ class Checkpoints:
         saved = together(connect(self.group), lambda: self._read_facts(path, must))
         if path is None:
             return 0, 0
+        # Newer ones were passed over: a manifest may be sound where a tensor is not.
+        seeming = lead(connect(self.group), lambda: [newer.name for newer in sound_checkpoints(self.root)])
+        self._rejected = frozenset(self.root / name for name in seeming if name > path.name)
         self._say_changes(_mapping(saved.get("recipe")))
         same_layout = saved.get("layout") == self.layout
         state = self._state(0, with_rng=same_layout)

@@ -307,3 +307,12 @@ def test_no_checkpoint(make: Callable[[Path], None], tmp_path: Path, capsys: pyt
     expected = [74, 74, 74] if not (tmp_path / "run").exists() else [0, 65, 65]
     assert codes == expected
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_stdout_that_cannot_be_written_is_an_io_error() -> None:
+    """Nobody reads a traceback of the interpreter's last flush; stdout that was closed is nobody to tell."""
+    command = f"{sys.executable} -m dist_llm config settings"
+    full = subprocess.run(["sh", "-c", f"{command} > /dev/full"], capture_output=True, text=True)
+    assert (full.returncode, full.stderr) == (74, "dist-llm: cannot write to stdout: No space left on device\n")
+    closed = subprocess.run(["sh", "-c", f"{command} >&-"], capture_output=True, text=True)
+    assert (closed.returncode, closed.stderr) == (0, "")

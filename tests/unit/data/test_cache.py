@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dist_llm.data.cache import build_once
-from dist_llm.errors import DataError
+from dist_llm.errors import DataError, StorageError
 from tests.unit.data.corpora import REPOSITORY, no_report, write_folder
 from tests.unit.data.prepare_worker import RACERS
 
@@ -67,3 +68,12 @@ def test_what_is_published_is_never_built_again(tmp_path: Path) -> None:
         raise AssertionError(private)
 
     build_once(folder, refuse, no_report)
+
+
+def test_a_lock_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: int, text: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.write", full)
+    with pytest.raises(StorageError, match=r"cannot write .*made\.lock: No space left"):
+        build_once(tmp_path / "made", lambda folder: None, no_report)

@@ -12,7 +12,7 @@ from dist_llm.config.run import RunConfig
 from dist_llm.errors import ConfigError
 from dist_llm.runtime.pool import WorkerPool
 from dist_llm.train.layouts import CASES, Case, baseline, case_config, given, misfit
-from dist_llm.train.verify import KeyBias, Trace, choose, compare
+from dist_llm.train.verify import KeyBias, Trace, choose, compare, excluded_settings
 from tests.parallel.tiny import GPT2, build, random_batch, tiny_config
 
 CASE = Case("as-given", {"data": 2}, 2, 1)
@@ -126,3 +126,9 @@ def test_a_batch_that_cannot_be_cut_is_named_with_the_next_that_can() -> None:
     assert reason is not None
     assert "data.global_batch=6 must be a multiple of 8" in reason
     assert reason.endswith("use 8")
+
+
+def test_attention_dropout_is_named_as_left_out() -> None:
+    assert excluded_settings(tiny_config().model) == {}
+    said = excluded_settings(tiny_config(model={"attention_dropout": 0.2}).model)
+    assert said["model.attention_dropout"].startswith("0.2 taken as 0")
