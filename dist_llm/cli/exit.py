@@ -60,7 +60,7 @@ def execute(run: Callable[[argparse.Namespace], Answer], arguments: argparse.Nam
     text = answer.text
     if arguments.as_json:
         text = json.dumps(dict(answer.data or {"ok": answer.code == ExitCode.DONE}), indent=2, allow_nan=False)
-    return _print(text, int(answer.code), arguments.speaker)
+    return say_on_stdout(text, int(answer.code), arguments.speaker)
 
 
 def report_error(error: Exception, speaker: str, debug: bool, as_json: bool) -> int:
@@ -76,7 +76,7 @@ def report_error(error: Exception, speaker: str, debug: bool, as_json: bool) -> 
             facts["violations"] = [
                 {"key": v.key, "value": v.value, "rule": v.rule, "legal": list(v.legal)} for v in error.violations
             ]
-        return _print(json.dumps(facts, indent=2, default=str), int(code), speaker)
+        return say_on_stdout(json.dumps(facts, indent=2, default=str), int(code), speaker)
     return int(code)
 
 
@@ -114,8 +114,11 @@ def _say(text: str) -> None:
             print(_encodable(text, sys.stderr.encoding), file=sys.stderr, flush=True)
 
 
-def _print(text: str | None, code: int, speaker: str) -> int:
-    """Print on stdout, if there is one, and return `code`; a reader that went away (`| head`) is no error."""
+def say_on_stdout(text: str | None, code: int, speaker: str) -> int:
+    """Print on stdout, if there is one, and return `code`, or 74 where all was done but this.
+
+    A reader that went away (`| head`) is no error.
+    """
     if not text or sys.stdout is None:
         return code
     try:
@@ -125,7 +128,7 @@ def _print(text: str | None, code: int, speaker: str) -> int:
         sys.stdout = None
         if not isinstance(error, BrokenPipeError):
             _say(f"{speaker}: cannot write to stdout: {error.strerror}")
-            return int(ExitCode.IO)
+            return code or int(ExitCode.IO)
     return code
 
 

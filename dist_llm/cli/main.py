@@ -9,7 +9,7 @@ from contextlib import nullcontext
 
 from dist_llm import __version__
 from dist_llm.cli import checkpoint, config, data, generate, launch, train, verify
-from dist_llm.cli.exit import execute, preemptible, report_error
+from dist_llm.cli.exit import execute, preemptible, report_error, say_on_stdout
 from dist_llm.cli.parse import Command, parse_arguments
 from dist_llm.errors import ConfigError, DistLLMError, ExitCode
 
@@ -39,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         found = _find(words)
-        if found is None:
-            return ExitCode.DONE
+        if isinstance(found, str):
+            return say_on_stdout(found, ExitCode.DONE, "dist-llm")
         command, prog, rest = found
         arguments = parse_arguments(command, prog, rest)
     except DistLLMError as error:
@@ -51,19 +51,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return execute(command.run, arguments)
 
 
-def _find(words: list[str]) -> tuple[Command, str, list[str]] | None:
-    """Return the command that `words` name, its name, and the words after it; None when only help was asked for."""
+def _find(words: list[str]) -> tuple[Command, str, list[str]] | str:
+    """Return the command that `words` name, its name, and the words after it; or the help that was asked for."""
     node: Command | Mapping[str, Command | Group] | Group = COMMANDS
     for index, word in enumerate(words):
         prog = " ".join(["dist-llm", *words[:index]])
         if isinstance(node, Command):
             return node, prog, words[index:]
         if word in ("-h", "--help"):
-            print(_help(prog, node))
-            return None
+            return _help(prog, node)
         if word == "--version" and index == 0:
-            print(f"dist-llm {__version__}")
-            return None
+            return f"dist-llm {__version__}"
         if word not in node:
             near = difflib.get_close_matches(word, node, n=1)
             hint = f": did you mean {near[0]}?" if near else f"; use one of {', '.join(node)}"

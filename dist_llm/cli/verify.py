@@ -85,7 +85,9 @@ def _describe(facts: Mapping[str, object]) -> str:
     lines: list[str] = []
     for name, value in facts.items():
         if isinstance(value, Mapping):
-            lines.extend(f"{_words(name)}: {_words(key)} {_shown(cell)}" for key, cell in value.items())
+            lines.extend(
+                f"{_words(name)}: {key if '.' in key else _words(key)} {_shown(cell)}" for key, cell in value.items()
+            )
         elif isinstance(value, list):
             lines.extend(["", *_table(value), ""])
         elif name != "ok":

@@ -66,6 +66,8 @@ def _serve(connection: Connection, rank: int, folder: str, timeout_seconds: floa
             reply = _Reply(function(*args))
         except Exception as error:
             reply = _Reply(trace=traceback.format_exc(), error=error if isinstance(error, DistLLMError) else None)
+            # Its frames hold the job's groups; they do not cross the pipe.
+            error.__traceback__ = error.__cause__ = error.__context__ = None
         # What the job made holds its groups in cycles, and each group has threads that poll until it is freed.
         stop_process()
         connection.send(reply)

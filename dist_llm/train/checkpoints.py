@@ -1,7 +1,7 @@
 """When and what to save and restore: engine state, RNG state, tokens seen, identity and layout in one checkpoint.
 
-A step that is skipped may follow an update that ruined the weights. So none of an interval is saved at one, and older
-checkpoints are deleted only once a step after the newest has been finite: a run that diverges keeps one from before.
+A step that is skipped may follow an update that ruined the weights: none of an interval is saved at one, and nothing is
+deleted, so that of two that are kept one is from before. Every checkpoint that counts as kept has been read back.
 """
 
 from __future__ import annotations
@@ -40,10 +40,9 @@ class Checkpoints:
     report: Callable[[int], None]
     warn: Callable[[str], None]
     saved_step: int = field(default=-1)
+    skipped_in_a_row: int = field(default=0)
     _due: bool = field(default=False)
-    _skipped: bool = field(default=False)
-    _unproven: int | None = field(default=None)
-    _rejected: frozenset[Path] = field(default=frozenset())
+    _is_sound: dict[Path, bool] = field(default_factory=dict)
 
     def _state(self, tokens: int, with_rng: bool) -> TrainState:
         state = self.engine.state()
@@ -55,6 +54,7 @@ class Checkpoints:
         facts = {
             **state.facts,
             "tokens": tokens,
+            "skipped_in_a_row": self.skipped_in_a_row,
             "identity": self.identity,
             "layout": self.layout,
             "recipe": self.recipe,
@@ -64,45 +64,43 @@ class Checkpoints:
     def after_step(self, record: StepRecord) -> None:
         """Save when the interval says so, or at the first step after it that is not skipped (a hook of the loop)."""
         self._due |= bool(self.config.interval) and record.step % self.config.interval == 0
-        self._skipped = record.skipped
-        if self._skipped:
-            return
-        self._delete_older()
-        if self._due:
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if record.skipped else 0
+        if self._due and not record.skipped:
             self.save(record.step, record.tokens)
 
-    def finish(self, step: int, tokens: int) -> None:
-        """Save the last step of this process, and delete older checkpoints unless it was skipped."""
-        self.save(step, tokens)
-        if not self._skipped:
-            self._delete_older()
-
     def save(self, step: int, tokens: int) -> None:
-        """Commit a checkpoint of `step` once. Every rank calls it; collectives over the control group."""
+        """Commit a checkpoint of `step` once, then prune. Every rank calls it; collectives over the control group."""
         if step == self.saved_step:
             return
         save(self.root, step, self._state(tokens, with_rng=True), self.group)
-        self.saved_step, self._unproven, self._due = step, step, False
-        self._rejected -= {step_directory(self.root, step)}
+        self.saved_step, self._due = step, False
+        self._is_sound.pop(step_directory(self.root, step), None)
         self.report(step)
+        if not self.skipped_in_a_row:
+            self._prune()
 
-    def _delete_older(self) -> None:
-        """Prune if a checkpoint was saved since. Collectives over the control group."""
-        if self._unproven is not None:
-            self._prune(self._unproven)
-            self._unproven = None
-
-    def _prune(self, step: int) -> None:
-        """Delete what is older than is kept, once the newest has been read back: each rank hashes its share of it."""
+    def _prune(self) -> None:
+        """Delete what is older than is kept; each of those has been read back once, every rank hashing its share."""
         channel, root, keep = connect(self.group), self.root, self.config.keep
-        newest = step_directory(root, step)
-        if not lead(channel, lambda: len(sound_checkpoints(root, self._rejected)) > keep):
+        names = lead(channel, lambda: [path.name for path in sound_checkpoints(root)])
+        if len(names) <= keep:
             return
-        problem = shared_problem(channel, newest)
-        if problem is not None:
-            self.warn(f"the checkpoint of step {step} cannot be read back, so the older ones are kept: {problem}")
-            return
-        lead(channel, lambda: prune(root, keep, checked=newest, rejected=self._rejected) and None)
+        kept: list[Path] = []
+        for path in (root / name for name in names):
+            if len(kept) < keep and self._reads_back(path):
+                kept.append(path)
+        if len(kept) == keep:
+            rejected = {path for path, is_sound in self._is_sound.items() if not is_sound}
+            lead(channel, lambda: prune(root, keep, checked=kept[0], rejected=rejected) and None)
+
+    def _reads_back(self, path: Path) -> bool:
+        """Say whether every byte of a checkpoint is as it was saved, looking once. Collectives if it is new."""
+        if path not in self._is_sound:
+            problem = shared_problem(connect(self.group), path)
+            self._is_sound[path] = problem is None
+            if problem is not None:
+                self.warn(f"{path.name} cannot be read back and does not count as kept: {problem}")
+        return self._is_sound[path]
 
     def restore(self, must: bool) -> tuple[int, int]:
         """Load the newest sound checkpoint; return (steps done, tokens seen), zeros when there is none.
@@ -113,9 +111,7 @@ class Checkpoints:
         saved = together(connect(self.group), lambda: self._read_facts(path, must))
         if path is None:
             return 0, 0
-        # Newer ones were passed over: a manifest may be sound where a tensor is not.
-        seeming = lead(connect(self.group), lambda: [newer.name for newer in sound_checkpoints(self.root)])
-        self._rejected = frozenset(self.root / name for name in seeming if name > path.name)
+        self._is_sound[path] = True
         self._say_changes(_mapping(saved.get("recipe")))
         same_layout = saved.get("layout") == self.layout
         state = self._state(0, with_rng=same_layout)
@@ -128,7 +124,7 @@ class Checkpoints:
         elif self.identity.get("model.attention_dropout"):
             self.warn("resuming on another layout: attention dropout goes on with other random numbers")
         step, tokens = int(str(facts["step"])), int(str(facts["tokens"]))
-        self.saved_step = step
+        self.saved_step, self.skipped_in_a_row = step, int(str(facts.get("skipped_in_a_row", 0)))
         return step, tokens
 
     def _read_facts(self, path: Path | None, must: bool) -> Mapping[str, object]:

@@ -27,7 +27,7 @@ class NumericsGuard:
         if self.in_a_row >= self.limit:
             error = NumericsError(
                 f"{self.in_a_row} steps in a row had a non-finite loss or gradient (precision.max_skipped_steps="
-                f"{self.limit}); no checkpoint was saved during them: lower optimizer.lr or raise the precision; if "
+                f"{self.limit}); checkpoints from before them are kept: lower optimizer.lr or raise the precision; if "
                 "the resumed run fails at once, the newest checkpoint holds ruined weights: delete it and resume again"
             )
             error.shared = True

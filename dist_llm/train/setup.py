@@ -197,13 +197,14 @@ class _Run:
         """Train from step `done` until the end or a signal, save, and return the step that was reached."""
         with contextlib.ExitStack() as closers:
             meter = self._meter(tokens)
-            guard = NumericsGuard(self._config.precision.max_skipped_steps, self._event)
+            so_far = self._checkpoints.skipped_in_a_row
+            guard = NumericsGuard(self._config.precision.max_skipped_steps, self._event, so_far)
             shown = together(self._channel, lambda: self._rank_0_hooks(done, closers))
             hooks: list[Hook] = [self._note_step, *map(self._interruption.shield, shown), guard.after_step]
             hooks += [*self._evaluation(), self._checkpoints.after_step]
             span = Span(done, self._config.run.steps)
             reached = loop(self._engine, self._loaders["train"], span, meter, hooks, self._interruption.agreed)
-            self._checkpoints.finish(reached, meter.tokens)
+            self._checkpoints.save(reached, meter.tokens)
         return reached
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from dist_llm.config.run import RunConfig
 from dist_llm.runtime.pool import WorkerPool
+from dist_llm.runtime.seed import set_determinism
 from dist_llm.train import verify
 from dist_llm.train import verify_resume as resume
 from dist_llm.train.verify import Trace, train_case, verify_layout
@@ -29,10 +31,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 
 @pytest.fixture
-def shared(pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `verify` use the ranks that are there, where it would start its own."""
+def shared(pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let `verify` use the ranks that are there, where it would start its own, and give them back as they were."""
     for module in (verify, resume):
         monkeypatch.setattr(module, "WorkerPool", lambda size, timeout_seconds: nullcontext(pool))
+    yield
+    pool.run(set_determinism, 0, False, world=pool.size)
 
 
 def broken_case(config: RunConfig, prefix: Path, eos_id: int, steps: int) -> Trace:

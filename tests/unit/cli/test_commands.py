@@ -311,8 +311,12 @@ def test_no_checkpoint(make: Callable[[Path], None], tmp_path: Path, capsys: pyt
 
 def test_stdout_that_cannot_be_written_is_an_io_error() -> None:
     """Nobody reads a traceback of the interpreter's last flush; stdout that was closed is nobody to tell."""
-    command = f"{sys.executable} -m dist_llm config settings"
-    full = subprocess.run(["sh", "-c", f"{command} > /dev/full"], capture_output=True, text=True)
-    assert (full.returncode, full.stderr) == (74, "dist-llm: cannot write to stdout: No space left on device\n")
-    closed = subprocess.run(["sh", "-c", f"{command} >&-"], capture_output=True, text=True)
-    assert (closed.returncode, closed.stderr) == (0, "")
+    said = "dist-llm: cannot write to stdout: No space left on device"
+    for words, code in (("config settings", 74), ("--help", 74), ("train --json run.steps=-1", 78)):
+        command = f"{sys.executable} -m dist_llm {words}"
+        full = subprocess.run(["sh", "-c", f"{command} > /dev/full"], capture_output=True, text=True)
+        assert (full.returncode, full.stderr.splitlines()[-1]) == (code, said)
+        assert "Traceback" not in full.stderr
+        closed = subprocess.run(["sh", "-c", f"{command} >&-"], capture_output=True, text=True)
+        assert closed.returncode == (code if code == 78 else 0)
+        assert "Traceback" not in closed.stderr

@@ -11,15 +11,15 @@ from dist_llm.config.keys import all_fields, nested_section
 from dist_llm.config.reference import field_descriptions, json_schema, list_settings, sections, settings_page
 
 LEAVES = [key for key, field in all_fields().items() if nested_section(field) is None]
+SCHEMA: dict[str, Any] = json_schema()
 
 
 def _property(key: str) -> dict[str, Any]:
     """Return the schema's property at a key, following references through the sections."""
-    schema: dict[str, Any] = json_schema()
     *path, name = key.split(".")
-    node = schema
+    node = SCHEMA
     for section in path:
-        node = schema["$defs"][node["properties"][section]["$ref"].rpartition("/")[2]]
+        node = SCHEMA["$defs"][node["properties"][section]["$ref"].rpartition("/")[2]]
     found: dict[str, Any] = node["properties"][name]
     return found
 

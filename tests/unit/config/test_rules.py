@@ -119,7 +119,7 @@ def _random_config(pick: random.Random) -> tuple[dict[str, Any], int | None]:
 
 def test_any_config_is_ok_or_refused_at_once() -> None:
     pick = random.Random(7)
-    calls, outcomes = [], {"ok": 0, "refused": 0}
+    lines, outcomes = [], {"ok": 0, "refused": 0}
     for _ in range(1000):
         tree, ranks = _random_config(pick)
         try:
@@ -130,10 +130,10 @@ def test_any_config_is_ok_or_refused_at_once() -> None:
             outcomes["refused"] += 1
             assert error.exit_code == ExitCode.CONFIG
             assert all(len(str(violation)) < 400 for violation in error.violations)
-        calls.append(work.calls)
+        lines.append(work.lines)
     assert min(outcomes.values()) > 200
-    assert statistics.median(calls) < 5_000
-    assert max(calls) < 20_000
+    assert statistics.median(lines) < 10_000
+    assert max(lines) < 500_000
 
 
 def test_what_is_called_legal_is_legal() -> None:
@@ -193,7 +193,7 @@ def test_absurd_numbers_cost_nothing() -> None:
             fitting_layouts(config, ranks, RULES)
             with pytest.raises(LayoutError):
                 resolve_data(config_with(parallel__tensor=2, parallel__data=2), ranks)
-    assert work.calls < 2_000_000
+    assert work.lines < 5_000_000
 
 
 def test_fitting_layouts_are_legal() -> None:

@@ -180,4 +180,4 @@ def test_batches_are_cut_from_the_mapping_whole(tmp_path: Path) -> None:
     with counted() as work:
         for step in range(32):
             reader.batch(step)
-    assert work.calls < 10_000
+    assert work.lines < 50_000

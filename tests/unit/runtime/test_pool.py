@@ -87,6 +87,12 @@ def leave_groups_in_a_cycle() -> None:
     keeper["self"] = keeper
 
 
+def leave_groups_to_an_error() -> None:
+    """Make groups that the frames of a user's error hold."""
+    kept = [dist.new_group(ranks=[0, 1]) for _ in range(8)]
+    raise DataError(f"{len(kept)} groups")
+
+
 def threads() -> int:
     """Return the number of threads of this rank."""
     return sum(1 for _ in Path("/proc/self/task").iterdir())
@@ -99,4 +105,6 @@ def test_a_jobs_groups_and_their_threads_end_with_it(pool: WorkerPool) -> None:
     after_one = pool.run(threads, world=2)
     for _ in range(3):
         pool.run(leave_groups_in_a_cycle, world=2)
+        with pytest.raises(DataError):
+            pool.run(leave_groups_to_an_error, world=2)
     assert pool.run(threads, world=2) == after_one

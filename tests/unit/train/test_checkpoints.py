@@ -1,9 +1,12 @@
-"""A run that diverges keeps a checkpoint from before; one that was passed over as damaged does not count as kept."""
+"""A run that diverges keeps a checkpoint from before; a damaged one does not count as kept."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+
+import pytest
+import torch.distributed as dist
 
 from dist_llm.config.operations import CheckpointConfig
 from dist_llm.runtime.mesh import build_control_group
@@ -29,40 +32,51 @@ def saved(root: Path) -> list[int]:
 
 
 def run_steps(root: Path, interval: int, keep: int, steps: str) -> list[list[int]]:
-    """Take steps, each `.` or `x` for a skipped one, then finish; return what is there after each of these."""
+    """Take steps, each `.` or `x` for a skipped one, then save the last; return what is there after each of these."""
     checkpoints, found = checkpoints_at(root, interval, keep), []
-    root.mkdir()
+    root.mkdir(exist_ok=True)
     for step, kind in enumerate(steps, start=1):
         checkpoints.after_step(replace(GOOD, step=step, skipped=kind == "x"))
         found.append(saved(root))
-    checkpoints.finish(len(steps), tokens=0)
+        dist.barrier()
+    checkpoints.save(len(steps), tokens=0)
     return [*found, saved(root)]
 
 
-def resume_and_finish(root: Path, step: int) -> list[int]:
-    """Resume, finish at `step`, and return what is there."""
-    checkpoints = checkpoints_at(root, interval=0, keep=2)
+def resume_and_save(root: Path, step: int, keep: int) -> list[int]:
+    """Resume, save `step`, and return what is there."""
+    checkpoints = checkpoints_at(root, interval=0, keep=keep)
     checkpoints.restore(must=True)
-    checkpoints.finish(step, tokens=0)
+    checkpoints.save(step, tokens=0)
     return saved(root)
 
 
-def test_no_checkpoint_is_saved_or_deleted_while_steps_are_skipped(pool: WorkerPool, tmp_path: Path) -> None:
-    found = pool.run(run_steps, tmp_path / "run", 2, 2, "....xxx..", world=1)[0]
-    assert found[3:6] == [[2, 4]] * 3
-    # The one that was due at step 6 is saved at step 8; step 9 then shows that step 8 left sound weights.
-    assert found[7:] == [[2, 4, 8], [4, 8], [8, 9]]
+def skipped_in_a_row(root: Path) -> int:
+    """Return the count that a resumed run goes on from."""
+    checkpoints = checkpoints_at(root, interval=0, keep=2)
+    checkpoints.restore(must=True)
+    return checkpoints.skipped_in_a_row
 
 
-def test_of_two_the_older_stays_until_a_step_proves_the_newer(pool: WorkerPool, tmp_path: Path) -> None:
-    assert pool.run(run_steps, tmp_path / "run", 1, 1, "..x", world=1)[0] == [[1], [1, 2], [1, 2], [1, 2, 3]]
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_nothing_is_saved_or_deleted_while_steps_are_skipped(pool: WorkerPool, tmp_path: Path, ranks: int) -> None:
+    # The one that was due at step 6 is saved at step 8.
+    found = [[], [2], [2], [2, 4], [2, 4], [2, 4], [2, 4], [4, 8], [4, 8], [8, 9]]
+    assert pool.run(run_steps, tmp_path / "run", 2, 2, "....xxx..", world=ranks) == [found] * ranks
 
 
-def test_a_checkpoint_that_was_passed_over_does_not_count(pool: WorkerPool, tmp_path: Path) -> None:
+def test_a_skipped_step_that_is_the_last_is_saved_beside_the_others(pool: WorkerPool, tmp_path: Path) -> None:
+    assert pool.run(run_steps, tmp_path / "run", 1, 1, "..xx", world=2)[0] == [[1], [2], [2], [2], [2, 4]]
+    assert pool.run(skipped_in_a_row, tmp_path / "run", world=2) == [2, 2]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_damaged_checkpoint_does_not_count_in_any_process(pool: WorkerPool, tmp_path: Path, ranks: int) -> None:
     root = tmp_path / "run"
-    pool.run(run_steps, root, 1, 9, "...", world=1)
+    pool.run(run_steps, root, 1, 9, "...", world=ranks)
     newest = root / "step-00000003" / "rank-00000.safetensors"
     content = bytearray(newest.read_bytes())
     content[-1] ^= 1
     newest.write_bytes(content)
-    assert pool.run(resume_and_finish, root, 4, world=1)[0] == [2, 3, 4]
+    assert pool.run(resume_and_save, root, 4, 3, world=ranks)[0] == [1, 2, 3, 4]
+    assert pool.run(resume_and_save, root, 6, 3, world=ranks)[0] == [2, 3, 4, 6]
