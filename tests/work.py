@@ -22,7 +22,10 @@ class Work:
 
 @contextmanager
 def counted() -> Iterator[Work]:
-    """Count the lines that this thread runs in functions entered in the body, errors or not."""
+    """Count the lines that this thread runs in functions entered in the body, errors or not.
+
+    RuntimeError when the interpreter stopped telling: it does when the recursion limit is met while it does.
+    """
     work = Work()
 
     def count(_frame: FrameType, event: str, _argument: Any) -> Callable[..., Any]:
@@ -35,4 +38,7 @@ def counted() -> Iterator[Work]:
     try:
         yield work
     finally:
+        lost = sys.gettrace() is not count
         sys.settrace(before)
+        if lost:
+            raise RuntimeError("not all lines were counted")

@@ -21,9 +21,9 @@ def sound_checkpoints(root: Path, rejected: Set[Path] = frozenset()) -> list[Pat
 def prune(root: Path, keep: int, checked: Path | None = None, rejected: Set[Path] = frozenset()) -> list[Path]:
     """Delete all but the `keep` newest sound checkpoints under `root`; return what was deleted. One rank calls it.
 
-    checked: one whose every byte the caller has just checked; without it, or when it is not among those to be kept,
-    they are read here until one is found sound. Damaged ones, and `rejected` of which the caller knows that they are,
-    neither count nor are deleted: they are for a person to look into. When none of those to be kept verifies in full
+    checked: one whose every byte the caller has checked; without it, or when it is not among those to be kept, they
+    are read here until one is found sound. What is seen to be damaged, and `rejected` of which the caller has seen it,
+    neither counts nor is deleted: it is for a person to look into. When none of those to be kept verifies in full
     nothing is deleted. StorageError if a deletion fails; what is half deleted has lost its name.
     """
     if keep < 1:

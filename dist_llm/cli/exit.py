@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 from dist_llm.cli.parse import Answer
+from dist_llm.cli.say import say_on_stderr, say_on_stdout
 from dist_llm.errors import INTERRUPTED, ConfigError, DistLLMError, ExitCode, exit_code_of
 
 
@@ -51,7 +52,7 @@ def execute(run: Callable[[argparse.Namespace], Answer], arguments: argparse.Nam
         with contextlib.redirect_stdout(sys.stderr) if arguments.as_json else contextlib.nullcontext():
             answer = run(arguments)
     except KeyboardInterrupt:
-        _say(f"{arguments.speaker}: interrupted")
+        say_on_stderr(f"{arguments.speaker}: interrupted")
         return INTERRUPTED
     except Exception as error:
         if arguments.follows and _is_said_elsewhere(error):
@@ -68,8 +69,8 @@ def report_error(error: Exception, speaker: str, debug: bool, as_json: bool) -> 
     code = exit_code(error)
     message = _message(error, code)
     if debug or code == ExitCode.BUG:
-        _say("".join(traceback.format_exception(error)).rstrip())
-    _say(f"{speaker}: {message}")
+        say_on_stderr("".join(traceback.format_exception(error)).rstrip())
+    say_on_stderr(f"{speaker}: {message}")
     if as_json:
         facts: dict[str, object] = {"ok": False, "exit_code": int(code), "error": message}
         if isinstance(error, ConfigError):
@@ -105,34 +106,3 @@ def _message(error: Exception, code: int) -> str:
     if code == ExitCode.PEER_LOST and not isinstance(error, DistLLMError):
         text = f"another rank went away, the job may be retried: {text}"
     return "\n".join([text, *getattr(error, "__notes__", [])])
-
-
-def _say(text: str) -> None:
-    """Print on stderr, whatever characters it can show."""
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError):
-            print(_encodable(text, sys.stderr.encoding), file=sys.stderr, flush=True)
-
-
-def say_on_stdout(text: str | None, code: int, speaker: str) -> int:
-    """Print on stdout, if there is one, and return `code`, or 74 where all was done but this.
-
-    A reader that went away (`| head`) is no error.
-    """
-    if not text or sys.stdout is None:
-        return code
-    try:
-        print(_encodable(text, sys.stdout.encoding), flush=True)
-    except OSError as error:
-        # Python flushes stdout again at exit, and would fail again.
-        sys.stdout = None
-        if not isinstance(error, BrokenPipeError):
-            _say(f"{speaker}: cannot write to stdout: {error.strerror}")
-            return code or int(ExitCode.IO)
-    return code
-
-
-def _encodable(text: str, encoding: str | None) -> str:
-    """Return text with what the stream cannot encode written as escapes."""
-    name = encoding or "utf-8"
-    return text.encode(name, "backslashreplace").decode(name)

@@ -9,8 +9,9 @@ from contextlib import nullcontext
 
 from dist_llm import __version__
 from dist_llm.cli import checkpoint, config, data, generate, launch, train, verify
-from dist_llm.cli.exit import execute, preemptible, report_error, say_on_stdout
+from dist_llm.cli.exit import execute, preemptible, report_error
 from dist_llm.cli.parse import Command, parse_arguments
+from dist_llm.cli.say import drop_unwritable_streams, say_on_stdout
 from dist_llm.errors import ConfigError, DistLLMError, ExitCode
 
 Group = Mapping[str, Command]
@@ -36,7 +37,13 @@ exit codes: 0 done, 65 data or checkpoint damaged, 69 a peer was lost (retry), 7
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (None: this process's) and return its exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    finally:
+        drop_unwritable_streams()
+
+
+def _run(words: list[str]) -> int:
     try:
         found = _find(words)
         if isinstance(found, str):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from dist_llm.cli.say import say_on_stdout
 from dist_llm.errors import ConfigError, ExitCode
 
 if TYPE_CHECKING:
@@ -43,6 +44,10 @@ class Parser(argparse.ArgumentParser):
         layout = argparse.RawDescriptionHelpFormatter
         super().__init__(prog=prog, description=description, epilog=epilog, formatter_class=layout, allow_abbrev=False)
 
+    def print_help(self, file: object = None) -> NoReturn:
+        """Print what the command takes, and end."""
+        raise SystemExit(say_on_stdout(self.format_help().rstrip("\n"), ExitCode.DONE, "dist-llm"))
+
     def error(self, message: str) -> NoReturn:
         """Raise what is wrong with the command line."""
         hint = ""
@@ -52,7 +57,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_arguments(command: Command, prog: str, words: list[str]) -> argparse.Namespace:
-    """Return the parsed arguments of a command. Raises ConfigError; SystemExit(0) after printing --help."""
+    """Return the parsed arguments of a command. Raises ConfigError; SystemExit after printing --help."""
     parser = Parser(prog, command.summary)
     parser.add_argument("--debug", action="store_true", help="log more, and show the traceback of an error")
     parser.set_defaults(as_json=False, speaker="dist-llm", follows=False)

@@ -7,6 +7,7 @@ torch is imported when ranks are started and not before.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 from collections.abc import Sequence
@@ -44,7 +45,9 @@ def launch_local(
     end = run_ranks(argv, nproc, shutdown_seconds, debug)
     code, line = judge(end)
     if line:
-        print(line, file=sys.stderr, flush=True)
+        # A full disk behind stderr must not hide how the job ended.
+        with contextlib.suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
     return code
 
 

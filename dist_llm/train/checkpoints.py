@@ -1,7 +1,7 @@
 """When and what to save and restore: engine state, RNG state, tokens seen, identity and layout in one checkpoint.
 
 A step that is skipped may follow an update that ruined the weights: none of an interval is saved at one, and nothing is
-deleted, so that of two that are kept one is from before. Every checkpoint that counts as kept has been read back.
+deleted, so that of two that are kept one is from before. Nothing is deleted before those that stay were read back.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dist_llm.checkpoint.load import find_latest, load, shared_problem
 from dist_llm.checkpoint.manifest import check_identity
 from dist_llm.checkpoint.retention import prune, sound_checkpoints
 from dist_llm.checkpoint.save import save
-from dist_llm.checkpoint.storage import step_directory
+from dist_llm.checkpoint.storage import list_steps, step_directory
 from dist_llm.config.operations import CheckpointConfig
 from dist_llm.engine.base import Engine
 from dist_llm.errors import ConfigError, Violation
@@ -68,19 +68,22 @@ class Checkpoints:
         if self._due and not record.skipped:
             self.save(record.step, record.tokens)
 
-    def save(self, step: int, tokens: int) -> None:
-        """Commit a checkpoint of `step` once, then prune. Every rank calls it; collectives over the control group."""
+    def save(self, step: int, tokens: int, hurried: bool = False) -> None:
+        """Commit a checkpoint of `step` once, then prune, unless it must be quick: a stopped rank may soon be killed.
+
+        Every rank calls it; collectives over the control group.
+        """
         if step == self.saved_step:
             return
         save(self.root, step, self._state(tokens, with_rng=True), self.group)
         self.saved_step, self._due = step, False
         self._is_sound.pop(step_directory(self.root, step), None)
         self.report(step)
-        if not self.skipped_in_a_row:
+        if not (self.skipped_in_a_row or hurried):
             self._prune()
 
     def _prune(self) -> None:
-        """Delete what is older than is kept; each of those has been read back once, every rank hashing its share."""
+        """Delete what is older than the `keep` newest that were read back, once each; every rank hashes its share."""
         channel, root, keep = connect(self.group), self.root, self.config.keep
         names = lead(channel, lambda: [path.name for path in sound_checkpoints(root)])
         if len(names) <= keep:
@@ -111,8 +114,10 @@ class Checkpoints:
         saved = together(connect(self.group), lambda: self._read_facts(path, must))
         if path is None:
             return 0, 0
-        self._is_sound[path] = True
-        self._say_changes(_mapping(saved.get("recipe")))
+        # Newer ones were passed over; what could not be read then stays out, even if it can be read later.
+        names = lead(connect(self.group), lambda: [newer.name for _, newer in list_steps(self.root)])
+        self._is_sound = {self.root / name: False for name in names if name > path.name} | {path: True}
+        changed = self._say_changes(_mapping(saved.get("recipe")))
         same_layout = saved.get("layout") == self.layout
         state = self._state(0, with_rng=same_layout)
         facts = load(path, state, self.group, partial=not same_layout)
@@ -124,7 +129,8 @@ class Checkpoints:
         elif self.identity.get("model.attention_dropout"):
             self.warn("resuming on another layout: attention dropout goes on with other random numbers")
         step, tokens = int(str(facts["step"])), int(str(facts["tokens"]))
-        self.saved_step, self.skipped_in_a_row = step, int(str(facts.get("skipped_in_a_row", 0)))
+        self.saved_step = step
+        self.skipped_in_a_row = 0 if changed else int(str(facts.get("skipped_in_a_row", 0)))
         return step, tokens
 
     def _read_facts(self, path: Path | None, must: bool) -> Mapping[str, object]:
@@ -142,11 +148,13 @@ class Checkpoints:
         )
         return facts
 
-    def _say_changes(self, before: dict[str, object]) -> None:
+    def _say_changes(self, before: dict[str, object]) -> bool:
+        """Warn of what is set otherwise than before, if anything is."""
         changed = [key for key, value in self.recipe.items() if before.get(key) != value]
         if changed:
             words = ", ".join(f"{key} {before.get(key)} -> {self.recipe[key]}" for key in changed)
             self.warn(f"resuming with another recipe, later steps will differ: {words}")
+        return bool(changed)
 
 
 def _mapping(value: object) -> dict[str, object]:

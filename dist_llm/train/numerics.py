@@ -27,8 +27,8 @@ class NumericsGuard:
         if self.in_a_row >= self.limit:
             error = NumericsError(
                 f"{self.in_a_row} steps in a row had a non-finite loss or gradient (precision.max_skipped_steps="
-                f"{self.limit}); checkpoints from before them are kept: lower optimizer.lr or raise the precision; if "
-                "the resumed run fails at once, the newest checkpoint holds ruined weights: delete it and resume again"
+                f"{self.limit}): lower optimizer.lr or raise the precision and resume; if that fails at once, the "
+                "newest checkpoint holds ruined weights: where there is an older one, delete it and resume again"
             )
             error.shared = True
             raise error

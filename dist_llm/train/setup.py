@@ -204,7 +204,7 @@ class _Run:
             hooks += [*self._evaluation(), self._checkpoints.after_step]
             span = Span(done, self._config.run.steps)
             reached = loop(self._engine, self._loaders["train"], span, meter, hooks, self._interruption.agreed)
-            self._checkpoints.save(reached, meter.tokens)
+            self._checkpoints.save(reached, meter.tokens, hurried=reached < self._config.run.steps)
         return reached
 
     def close(self) -> None:

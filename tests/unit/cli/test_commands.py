@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -309,14 +310,24 @@ def test_no_checkpoint(make: Callable[[Path], None], tmp_path: Path, capsys: pyt
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_stdout_that_cannot_be_written_is_an_io_error() -> None:
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [("config settings", 74), ("--help", 74), ("train --help", 74), ("train --json run.steps=-1", 78)],
+)
+def test_streams_that_cannot_be_written_leave_the_exit_code(words: str, code: int) -> None:
     """Nobody reads a traceback of the interpreter's last flush; stdout that was closed is nobody to tell."""
-    said = "dist-llm: cannot write to stdout: No space left on device"
-    for words, code in (("config settings", 74), ("--help", 74), ("train --json run.steps=-1", 78)):
-        command = f"{sys.executable} -m dist_llm {words}"
-        full = subprocess.run(["sh", "-c", f"{command} > /dev/full"], capture_output=True, text=True)
-        assert (full.returncode, full.stderr.splitlines()[-1]) == (code, said)
-        assert "Traceback" not in full.stderr
-        closed = subprocess.run(["sh", "-c", f"{command} >&-"], capture_output=True, text=True)
-        assert closed.returncode == (code if code == 78 else 0)
-        assert "Traceback" not in closed.stderr
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+    def end(redirections: str) -> tuple[int, list[str]]:
+        command = f"{sys.executable} -m dist_llm {words} {redirections}"
+        done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=buffered)
+        return done.returncode, done.stderr.splitlines()
+
+    full, said = end("> /dev/full")
+    assert (full, said[-1]) == (code, "dist-llm: cannot write to stdout: No space left on device")
+    assert len(said) == (1 if code == 74 else 2)
+    assert end("> /dev/full 2>&1")[0] == code
+    left = 0 if code == 74 else code
+    assert end("2> /dev/full")[0] == left
+    assert end(">&-")[0] == left
+    assert end("2>&- >&-")[0] == left

@@ -103,7 +103,7 @@ def test_bad_yaml_is_one_line(text: str, message: str) -> None:
         parse_document(text, "f.yaml")
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
-    assert work.lines < 20_000_000
+    assert work.lines < 200_000 + 3 * len(text) ** 2  # a bracket may cost as many lines as are open
 
 
 def test_merge_keys_are_plain_keys() -> None:

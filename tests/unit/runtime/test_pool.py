@@ -89,8 +89,9 @@ def leave_groups_in_a_cycle() -> None:
 
 def leave_groups_to_an_error() -> None:
     """Make groups that the frames of a user's error hold."""
-    kept = [dist.new_group(ranks=[0, 1]) for _ in range(8)]
-    raise DataError(f"{len(kept)} groups")
+    keeper: dict[str, object] = {"groups": [dist.new_group(ranks=[0, 1]) for _ in range(8)]}
+    keeper["self"] = keeper
+    raise DataError("with groups")
 
 
 def threads() -> int:

@@ -43,11 +43,11 @@ def run_steps(root: Path, interval: int, keep: int, steps: str) -> list[list[int
     return [*found, saved(root)]
 
 
-def resume_and_save(root: Path, step: int, keep: int) -> list[int]:
+def resume_and_save(root: Path, step: int, keep: int, hurried: bool = False) -> list[int]:
     """Resume, save `step`, and return what is there."""
     checkpoints = checkpoints_at(root, interval=0, keep=keep)
     checkpoints.restore(must=True)
-    checkpoints.save(step, tokens=0)
+    checkpoints.save(step, tokens=0, hurried=hurried)
     return saved(root)
 
 
@@ -68,6 +68,30 @@ def test_nothing_is_saved_or_deleted_while_steps_are_skipped(pool: WorkerPool, t
 def test_a_skipped_step_that_is_the_last_is_saved_beside_the_others(pool: WorkerPool, tmp_path: Path) -> None:
     assert pool.run(run_steps, tmp_path / "run", 1, 1, "..xx", world=2)[0] == [[1], [2], [2], [2], [2, 4]]
     assert pool.run(skipped_in_a_row, tmp_path / "run", world=2) == [2, 2]
+
+
+def restore_then_mend_and_save(root: Path, content: bytes) -> list[int]:
+    """Resume past a checkpoint that cannot be read, which later can, and save an earlier step."""
+    checkpoints = checkpoints_at(root, interval=0, keep=1)
+    checkpoints.restore(must=True)
+    (root / "step-00000004" / "rank-00000.safetensors").write_bytes(content)
+    checkpoints.save(3, tokens=0)
+    return saved(root)
+
+
+def test_one_that_was_passed_over_does_not_displace_what_is_saved_later(pool: WorkerPool, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    pool.run(run_steps, root, 2, 9, "....", world=1)
+    newest = root / "step-00000004" / "rank-00000.safetensors"
+    content = newest.read_bytes()
+    newest.write_bytes(b"unreadable")
+    assert pool.run(restore_then_mend_and_save, root, content, world=1)[0] == [3, 4]
+
+
+def test_a_hurried_save_deletes_nothing(pool: WorkerPool, tmp_path: Path) -> None:
+    pool.run(run_steps, tmp_path / "run", 1, 9, "..", world=1)
+    assert pool.run(resume_and_save, tmp_path / "run", 3, 1, True, world=1)[0] == [1, 2, 3]
+    assert pool.run(resume_and_save, tmp_path / "run", 4, 1, world=1)[0] == [4]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -24,3 +24,9 @@ def test_only_skips_in_a_row_count() -> None:
     assert caught.value.exit_code == ExitCode.NUMERICS
     assert caught.value.shared
     assert [kind for kind, *_ in events] == ["skip"] * 5
+
+
+def test_it_goes_on_from_the_count_of_the_process_before() -> None:
+    guard = NumericsGuard(3, lambda *facts: None, 2)
+    with pytest.raises(NumericsError, match="3 steps in a row"):
+        guard.after_step(SKIPPED)
