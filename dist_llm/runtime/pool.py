@@ -45,7 +45,7 @@ class _Reply:
 
 
 def _serve(connection: Connection, rank: int, folder: str, timeout_seconds: float) -> None:
-    """Run jobs until the parent hangs up. Issues one rendezvous a job."""
+    """Run jobs until the parent hangs up. Issues one rendezvous and one barrier a job."""
     die_with_launcher()
     # Ctrl-C reaches the whole terminal; the parent ends its ranks.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -63,6 +63,8 @@ def _serve(connection: Connection, rank: int, folder: str, timeout_seconds: floa
             store = FileStore(str(Path(folder) / f"job-{number}"), world)
             limit = timedelta(seconds=timeout_seconds)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
+            # A job may be over before another rank has met this one, which would see a closed connection.
+            dist.barrier()
             reply = _Reply(function(*args))
         except Exception as error:
             reply = _Reply(trace=traceback.format_exc(), error=error if isinstance(error, DistLLMError) else None)
