@@ -12,10 +12,9 @@ from dist_llm.checkpoint.inspect import list_checkpoints, verify
 from dist_llm.checkpoint.storage import remove_committed, sync_directory
 
 
-def sound_checkpoints(root: Path, rejected: Set[Path] = frozenset()) -> list[Path]:
-    """Return the checkpoints under `root` whose manifest is sound, newest first, without those of `rejected`."""
-    found = [Path(str(row["path"])) for row in list_checkpoints(root) if row["problem"] is None]
-    return [path for path in found if path not in rejected]
+def sound_checkpoints(root: Path) -> list[Path]:
+    """Return the checkpoints under `root` whose manifest is sound, newest first."""
+    return [Path(str(row["path"])) for row in list_checkpoints(root) if row["problem"] is None]
 
 
 def prune(root: Path, keep: int, checked: Path | None = None, rejected: Set[Path] = frozenset()) -> list[Path]:
@@ -28,7 +27,7 @@ def prune(root: Path, keep: int, checked: Path | None = None, rejected: Set[Path
     """
     if keep < 1:
         raise ValueError(f"keep={keep}: at least one checkpoint is kept")
-    sound = sound_checkpoints(root, rejected)
+    sound = [path for path in sound_checkpoints(root) if path not in rejected]
     kept, doomed = sound[:keep], sound[keep:]
     if not doomed or (checked not in kept and all(verify(path) for path in kept)):
         return []

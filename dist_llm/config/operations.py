@@ -42,8 +42,8 @@ class CheckpointConfig(Section):
     interval: CountOrZero = 100
     """Steps from one checkpoint to the next, beside the one when the run ends or is stopped; 0: that one alone."""
     keep: Count = 2
-    """Newest sound checkpoints that are kept; older ones are deleted when a step that was not skipped saves one. With 1
-    the newest is alone, even where its weights turn out to be ruined."""
+    """Newest sound checkpoints that are kept; older ones are deleted when one is saved, but not at a step that was
+    skipped or when the run is stopped. With 1 the newest is alone, even where its weights turn out to be ruined."""
     asynchronous: bool = False
     """Save beside the training steps; this version takes false only."""
 

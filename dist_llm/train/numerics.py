@@ -28,7 +28,7 @@ class NumericsGuard:
             error = NumericsError(
                 f"{self.in_a_row} steps in a row had a non-finite loss or gradient (precision.max_skipped_steps="
                 f"{self.limit}): lower optimizer.lr or raise the precision and resume; if that fails at once, the "
-                "newest checkpoint holds ruined weights: where there is an older one, delete it and resume again"
+                "newest checkpoint holds ruined weights: delete that one if there is an older one, and resume again"
             )
             error.shared = True
             raise error
