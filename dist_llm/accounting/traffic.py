@@ -5,6 +5,7 @@ input of a reduce-scatter, the tensor of a send. An axis of size 1 issues nothin
 
     tp    a layer: 4 all-reduces of h, or under sequence parallelism 4 all-gathers and 4 reduce-scatters of h
     zero  by stage and unit, see parallel/zero.py          pp    h (h / tp) forward and back between stages
+    cp    a layer: sends of keys and values, or all-to-alls, see parallel/context.py; T is a context rank's share
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dist_llm.config.parallel import ParallelConfig
 from dist_llm.config.training import PrecisionConfig
 
 Key = tuple[str, str]
-"""(axis, kind): kinds are all_reduce, all_gather, reduce_scatter, send."""
+"""(axis, kind): kinds are all_reduce, all_gather, reduce_scatter, all_to_all, send."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,13 @@ class Shapes:
 
     @property
     def hidden_bytes(self) -> int:
-        """Bytes of the hidden states of one microbatch, whole sequence."""
-        width = self.model.hidden_size * FORMAT_BYTES[self.precision.compute]
-        return self.data.microbatch * self.data.seq_len * width
+        """Bytes of the hidden states of one microbatch, a context rank's share of the sequence."""
+        return self.tokens * self.model.hidden_size * FORMAT_BYTES[self.precision.compute]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one microbatch that a context rank holds."""
+        return self.data.microbatch * self.data.seq_len // self.parallel.context
 
 
 def _add_tensor(ledger: _Ledger, shapes: Shapes, stage: StagePlan) -> None:
@@ -89,9 +94,24 @@ def _add_tensor(ledger: _Ledger, shapes: Shapes, stage: StagePlan) -> None:
         ledger.add("tp", "all_reduce", count * (4 * layers + sums_again + ends), hidden)
     if stage.last:
         wide = 8 if shapes.precision.compute == "fp64" else 4
-        tokens = shapes.data.microbatch * shapes.data.seq_len * wide
-        ledger.add("tp", "all_reduce", count, tokens)
-        ledger.add("tp", "all_reduce", count, 2 * tokens)
+        ledger.add("tp", "all_reduce", count, shapes.tokens * wide)
+        ledger.add("tp", "all_reduce", count, 2 * shapes.tokens * wide)
+
+
+def _add_context(ledger: _Ledger, shapes: Shapes, stage: StagePlan) -> None:
+    """Enter what attention exchanges over cp, see parallel/context.py; full recompute exchanges anew going back."""
+    parallel, model, ranks = shapes.parallel, shapes.model, shapes.parallel.context
+    calls = shapes.microbatches * len(stage.layers)
+    forwards = calls * (2 if parallel.recompute == "full" else 1)
+    compute, wide = FORMAT_BYTES[shapes.precision.compute], 8 if shapes.precision.compute == "fp64" else 4
+    head = shapes.tokens * model.head_width
+    query, pair = (head * heads // parallel.tensor for heads in (model.num_heads, 2 * model.kv_heads))
+    if parallel.context_method == "ring":
+        ledger.add("cp", "send", (forwards + calls) * (ranks - 1), pair * compute)
+        ledger.add("cp", "send", calls * ranks, pair * wide)
+    else:
+        ledger.add("cp", "all_to_all", forwards + calls, (query + pair) * compute)
+        ledger.add("cp", "all_to_all", forwards + calls, query * compute)
 
 
 def _add_zero(ledger: _Ledger, shapes: Shapes, stage: StagePlan) -> None:
@@ -150,6 +170,8 @@ def step_traffic(shapes: Shapes) -> Traffic:
     for stage in stages:
         if parallel.tensor > 1:
             _add_tensor(ledger, shapes, stage)
+        if parallel.context > 1:
+            _add_context(ledger, shapes, stage)
         if fsdp:
             _add_zero(ledger, shapes, stage)
         if parallel.pipeline > 1:

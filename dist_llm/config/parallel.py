@@ -25,7 +25,7 @@ class ParallelConfig(Section):
     schedule: Schedule = "1f1b"
     """Order of forwards and backwards when pipeline is above 1; zero_bubble, zbv and dualpipev are then refused."""
     context: Count = 1
-    """Ranks that split each sequence; this version takes 1 only."""
+    """Ranks that split each sequence, each keeping a chunk from its front and one from its back."""
     context_method: Literal["ring", "ulysses"] = "ring"
     """Attention over context ranks: ring (Liu et al. 2023), ulysses (Jacobs et al. 2023); no effect at `context: 1`."""
     expert: Count = 1

@@ -71,17 +71,22 @@ def _heads_first(item: tuple[str, int]) -> int:
     return ("model.num_heads", "model.num_kv_heads", "model.ffn_hidden_size").index(item[0])
 
 
-@reads("parallel.tensor", "parallel.sequence", "data.seq_len", "model.max_seq_len")
+@reads("parallel.tensor", "parallel.sequence", "parallel.context", "data.seq_len", "model.max_seq_len")
 def sequence_splits_evenly(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
-    """With `parallel.sequence`, `data.seq_len` is a multiple of `parallel.tensor`.
+    """`data.seq_len` is a multiple of what splits it: with `parallel.sequence` the tensor ranks, and the context ranks.
 
-    Between the tensor-parallel regions each tensor rank keeps an equal slice of the sequence.
+    A context rank keeps two chunks of 2 x `parallel.context` equal ones, one from each end; of these, between the
+    tensor-parallel regions, each tensor rank keeps an equal slice.
     """
-    tensor, seq_len = config.parallel.tensor, config.data.seq_len
-    if config.parallel.sequence and seq_len % tensor:
-        near = tuple(size for size in multiples(tensor, seq_len) if size <= config.model.max_seq_len)
-        words = f"must be a multiple of parallel.tensor={tensor} under parallel.sequence=true"
-        yield Broken("data.seq_len", words, near)
+    parallel, seq_len = config.parallel, config.data.seq_len
+    slices = parallel.tensor if parallel.sequence else 1
+    unit = slices if parallel.context == 1 else parallel.context * math.lcm(2, slices)
+    if seq_len % unit:
+        near = tuple(size for size in multiples(unit, seq_len) if size <= config.model.max_seq_len)
+        names = f"parallel.tensor={parallel.tensor} under parallel.sequence=true"
+        if parallel.context > 1:
+            names = f"{unit}: parallel.context={parallel.context}, two chunks a rank" + f", and {names}" * (slices > 1)
+        yield Broken("data.seq_len", f"must be a multiple of {names}", near)
 
 
 @reads("parallel.pipeline", "parallel.virtual_pipeline", "model.num_layers")
@@ -164,11 +169,29 @@ def microbatches_fill_rounds(config: RunConfig, world_size: int | None) -> Itera
         yield Broken("data.global_batch", words, multiples(share, config.data.global_batch, 2 * pipeline))
 
 
-@reads("parallel.context")
-def context_is_built(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
-    """`parallel.context` is 1: context parallelism comes later."""
-    if config.parallel.context > 1:
-        yield Broken("parallel.context", LATER, (1,))
+@reads("parallel.context", "parallel.context_method", "parallel.tensor", "model.num_heads", "model.num_kv_heads")
+def context_divides_heads(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """Under `context_method: ulysses`, `parallel.context` divides the heads and key-value heads of a tensor rank.
+
+    Each context rank attends with whole heads. `ring` needs nothing of the heads.
+    """
+    parallel, model = config.parallel, config.model
+    if parallel.context == 1 or parallel.context_method == "ring":
+        return
+    heads = math.gcd(model.num_heads, model.kv_heads)
+    if heads % parallel.tensor:
+        return
+    mine = heads // parallel.tensor
+    if mine % parallel.context:
+        words = f"must divide the {mine} heads (key-value heads too) of a tensor rank under context_method=ulysses"
+        yield Broken("parallel.context", words, divisors(mine))
+
+
+@reads("parallel.context", "model.attention_dropout")
+def context_without_attention_dropout(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """`parallel.context` above 1 needs `model.attention_dropout` of 0: its mask belongs to fused attention alone."""
+    if config.parallel.context > 1 and config.model.attention_dropout > 0:
+        yield Broken("model.attention_dropout", "must be 0 with parallel.context above 1", (0.0,))
 
 
 @reads("parallel.expert")
@@ -246,7 +269,8 @@ LAYOUT_RULES: tuple[Rule, ...] = (
     batch_splits_evenly,
     microbatches_fill_pipeline,
     microbatches_fill_rounds,
-    context_is_built,
+    context_divides_heads,
+    context_without_attention_dropout,
     expert_is_built,
     recompute_is_built,
     replicas_need_shards,

@@ -22,6 +22,7 @@ from dist_llm.accounting.stages import plan_stages
 from dist_llm.config.run import RunConfig
 from dist_llm.engine.loss_scale import LossScale
 from dist_llm.engine.model import splittable
+from dist_llm.ops.context_share import ContextShare
 from dist_llm.optim.adamw import AdamW
 from dist_llm.optim.schedule import learning_rate
 from dist_llm.parallel.apply import Formats, SplitStage, apply_layout
@@ -60,6 +61,7 @@ class NativeEngine:
         self._scale = LossScale.build(config.precision)
         self._microbatch_tokens = config.data.microbatch * config.data.seq_len
         self.data_slice = DataSlice(mesh.dp.index, mesh.dp.size)
+        self._context = ContextShare(mesh.cp.index, mesh.cp.size)
         model = splittable(config.model, config.run.seed)
         stages = plan_stages(config.model.num_layers, mesh.pp.size, config.parallel.virtual_pipeline)
         self.stages = apply_layout(model, stages, config.parallel, self._formats, mesh)
@@ -86,11 +88,12 @@ class NativeEngine:
         cut = Microbatching(data.microbatch, local // data.microbatch, lambda: self.observe("last_forward"))
         if self._mesh.pp.size == 1:
             return Accumulation(stages[0].part.model, self._loss, cut, parallel.zero)
-        length = data.seq_len // self._mesh.tp.size if parallel.sequence else data.seq_len
+        share = data.seq_len // self._mesh.cp.size
+        length = share // self._mesh.tp.size if parallel.sequence else share
         shape = (cut.size, length, self._config.model.hidden_size)
         tp = self._mesh.tp.size
         num_logits = padded_vocab(self._config.model.vocab_size, tp) // tp
-        crossing = StageTensors(shape, self._formats.compute, (cut.size, data.seq_len), num_logits)
+        crossing = StageTensors(shape, self._formats.compute, (cut.size, share), num_logits)
         parts = [stage.part for stage in stages]
         return Scheduled(parts, crossing, self._loss, cut, parallel.zero, parallel.schedule, self._mesh.pp)
 
@@ -131,12 +134,12 @@ class NativeEngine:
         return LossSum(totals.loss * totals.tokens, totals.tokens)
 
     def _on_device(self, batch: Batch) -> Batch:
-        """Return the batch with its tensors on the mesh's device; the same tensors when they are there already."""
+        """Return this rank's share of the batch's tokens, on the mesh's device; documents stay those of all tokens."""
         device = self._mesh.device
         return replace(
             batch,
-            tokens=batch.tokens.to(device, non_blocking=True),
-            targets=batch.targets.to(device, non_blocking=True),
+            tokens=self._context.take(batch.tokens.to(device, non_blocking=True)),
+            targets=self._context.take(batch.targets.to(device, non_blocking=True)),
             samples=batch.samples.to(device, non_blocking=True),
             documents=None if batch.documents is None else batch.documents.to(device, non_blocking=True),
         )

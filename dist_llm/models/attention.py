@@ -7,6 +7,8 @@ The number of heads is read off the width of q, so the same code runs on a share
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from torch.nn import functional
 from dist_llm.config.model import ModelConfig
 from dist_llm.models.norm import RMSNorm
 from dist_llm.models.rope import RopeTable
+from dist_llm.ops.context_share import ContextShare
 from dist_llm.ops.rope import rotate
 
 
@@ -24,6 +27,48 @@ def document_mask(documents: Int64[Tensor, "batch seq"]) -> Bool[Tensor, "batch 
     length = documents.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
     return same & causal
+
+
+class Attend(Protocol):
+    """softmax(q k^T / sqrt(d)) v over earlier tokens of the same document, wherever they are."""
+
+    def mask(self, documents: Int64[Tensor, "batch whole"]) -> Bool[Tensor, "batch 1 _ whole"]:
+        """Return what confines attention to documents."""
+        ...
+
+    def __call__(
+        self,
+        query: Float[Tensor, "batch heads seq head"],
+        key: Float[Tensor, "batch groups seq head"],
+        value: Float[Tensor, "batch groups seq head"],
+        mask: Bool[Tensor, "batch 1 _ _"] | None,
+        drop: float,
+    ) -> Float[Tensor, "batch heads seq head"]:
+        """Attend; mask None: plain causal."""
+        ...
+
+
+class CausalAttention:
+    """Attention with all tokens here; whoever splits the sequence puts another in its place."""
+
+    def mask(self, documents: Int64[Tensor, "batch seq"]) -> Bool[Tensor, "batch 1 seq seq"]:
+        """Return what confines attention to documents."""
+        return document_mask(documents)
+
+    def __call__(
+        self,
+        query: Float[Tensor, "batch heads seq head"],
+        key: Float[Tensor, "batch groups seq head"],
+        value: Float[Tensor, "batch groups seq head"],
+        mask: Bool[Tensor, "batch 1 seq seq"] | None,
+        drop: float,
+    ) -> Float[Tensor, "batch heads seq head"]:
+        """Attend; mask None: plain causal. drop: probability of dropping a weight."""
+        grouped = query.shape[1] != key.shape[1]
+        out: Tensor = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=drop, is_causal=mask is None, enable_gqa=grouped
+        )
+        return out
 
 
 class Attention(nn.Module):
@@ -41,26 +86,20 @@ class Attention(nn.Module):
         self.rope = rope
         self.head_width = head
         self.drop = config.attention_dropout
-        self.grouped = config.kv_heads != config.num_heads
+        self.attend: Attend = CausalAttention()
+        self.context = ContextShare()
 
     def forward(
-        self, x: Float[Tensor, "batch seq width"], mask: Bool[Tensor, "batch 1 seq seq"] | None
+        self, x: Float[Tensor, "batch seq width"], mask: Bool[Tensor, "batch 1 _ _"] | None
     ) -> Float[Tensor, "batch _ width"]:
         """Attend over x; mask None: plain causal. Under sequence parallelism this rank's part comes back."""
         query, key, value = (w(x).unflatten(-1, (-1, self.head_width)) for w in (self.wq, self.wk, self.wv))
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         if self.rope is not None:
-            cos, sin = self.rope(query)
+            cos, sin = self.rope(query, self.context)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        out = functional.scaled_dot_product_attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            attn_mask=mask,
-            dropout_p=self.drop if self.training else 0.0,
-            is_causal=mask is None,
-            enable_gqa=self.grouped,
-        )
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        out = self.attend(query, key, value, mask, self.drop if self.training else 0.0)
         projected: Tensor = self.wo(out.transpose(1, 2).flatten(-2))
         return projected

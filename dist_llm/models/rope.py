@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dist_llm.config.model import ModelConfig, RopeConfig
 from dist_llm.ops import rope as ops
+from dist_llm.ops.context_share import ContextShare
 
 
 def scaled_frequencies(config: RopeConfig, head_dim: int) -> tuple[Float64[Tensor, " half"], float]:
@@ -34,15 +35,21 @@ class RopeTable:
         self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def __call__(
-        self, like: Float[Tensor, "batch seq heads head_dim"]
+        self, like: Float[Tensor, "batch seq heads head_dim"], context: ContextShare
     ) -> tuple[Float[Tensor, "seq half"], Float[Tensor, "seq half"]]:
-        """Return cos and sin for the positions of `like`, in fp32 (fp64 for fp64 inputs); half: head_dim / 2."""
+        """Return cos and sin for the positions of `like`, a share of each sequence, in fp32 (fp64 for fp64 inputs).
+
+        half: head_dim / 2.
+        """
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        key, length = (like.device, dtype), like.shape[1]
+        key, length = (like.device, dtype), like.shape[1] * context.ranks
         if key not in self._tables or len(self._tables[key][0]) < length:
             freqs, magnitude = scaled_frequencies(self._config.rope, self._config.head_width)
             # Generation asks for one more token each time: the next power of two.
             cos, sin = ops.rotation_table(freqs, 1 << (length - 1).bit_length(), magnitude)
             self._tables[key] = (cos.to(like.device, dtype), sin.to(like.device, dtype))
         cos, sin = self._tables[key]
-        return cos[:length], sin[:length]
+        if context.ranks == 1:
+            return cos[:length], sin[:length]
+        positions = context.positions(like.shape[1], like.device)
+        return cos[positions], sin[positions]

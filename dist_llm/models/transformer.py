@@ -14,19 +14,27 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from dist_llm.config.model import ModelConfig
-from dist_llm.models.attention import Attention, document_mask
+from dist_llm.models.attention import Attend, Attention, CausalAttention
 from dist_llm.models.dropout import Dropout
 from dist_llm.models.mlp import MLP
 from dist_llm.models.norm import build_norm
 from dist_llm.models.rope import RopeTable
+from dist_llm.ops.context_share import ContextShare
 
 
 class Positions(nn.Embedding):
-    """A learned table of positions; looked up for positions 0..T-1 of every sequence."""
+    """A learned table of positions; looked up for the same positions of every sequence, by default 0..T-1."""
+
+    context = ContextShare()
 
     def forward(self, tokens: Int64[Tensor, "batch seq"]) -> Float[Tensor, "seq width"]:
-        """Return the rows of positions 0..seq-1."""
-        return self.weight[: tokens.shape[1]]
+        """Return the rows of the positions that the tokens have."""
+        length = tokens.shape[1]
+        return (
+            self.weight[:length]
+            if self.context.ranks == 1
+            else self.weight[self.context.positions(length, tokens.device)]
+        )
 
 
 class Embedding(nn.Module):
@@ -67,9 +75,9 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "batch seq width"],
         samples: Int64[Tensor, " batch"] | None,
-        mask: Bool[Tensor, "batch 1 whole whole"] | None,
+        mask: Bool[Tensor, "batch 1 _ _"] | None,
     ) -> Float[Tensor, "batch seq width"]:
-        """Map hidden states; mask None: plain causal; whole: seq, or all of it where x is a part of the sequence."""
+        """Map hidden states; mask None: plain causal."""
         if self.post_norm:
             x = self.attention_norm(x + self.attention_dropout(self.attention(x, mask), samples))
             out: Tensor = self.mlp_norm(x + self.mlp_dropout(self.mlp(x), samples))
@@ -103,6 +111,7 @@ class Transformer(nn.Module):
         self.embed: Embedding | None = Embedding(config, seed)
         self.layers = nn.ModuleDict({str(i): Block(config, seed, i, rope) for i in range(config.num_layers)})
         self.head: Head | None = Head(config)
+        self.attend: Attend = CausalAttention()
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -129,9 +138,10 @@ class Transformer(nn.Module):
         """Run the parts that are here.
 
         inputs: tokens when the embedding is here, else hidden states. samples: global sample numbers (dropout).
-        documents: attention stays inside a document. Returns logits when the head is here, else hidden states.
+        documents: attention stays inside a document; of the whole sequence, also where inputs are a share of it.
+        Returns logits when the head is here, else hidden states.
         """
-        mask = None if documents is None else document_mask(documents)
+        mask = None if documents is None else self.attend.mask(documents)
         hidden = inputs if self.embed is None else self.embed(inputs, samples)
         for layer in self.layers.values():
             hidden = layer(hidden, samples, mask)

@@ -10,15 +10,17 @@ from dist_llm.ops.counter_rng import hash_counter, keep_mask
 
 
 def dropout(
-    x: Float[Tensor, "batch seq width"], drop: float, key: int, samples: Int64[Tensor, " batch"], token_offset: int = 0
+    x: Float[Tensor, "batch seq width"],
+    drop: float,
+    key: int,
+    samples: Int64[Tensor, " batch"],
+    tokens: Int64[Tensor, " seq"],
 ) -> Float[Tensor, "batch seq width"]:
     """Zero elements of x with probability `drop` and scale the rest by 1 / (1 - drop).
 
-    samples: global sample numbers; token_offset: global position of x[:, 0].
+    samples: global sample numbers; tokens: positions in the whole sequence.
     """
-    _, num_tokens, width = x.shape
-    tokens = torch.arange(token_offset, token_offset + num_tokens, device=x.device)
     rows = hash_counter(tokens[None, :], hash_counter(samples, key)[:, None])
-    features = torch.arange(width, device=x.device)
+    features = torch.arange(x.shape[2], device=x.device)
     mask = keep_mask(features, rows[:, :, None], drop)
     return torch.where(mask, x * (1.0 / (1.0 - drop)), torch.zeros((), dtype=x.dtype, device=x.device))

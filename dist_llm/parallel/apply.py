@@ -1,6 +1,7 @@
 """The only place with the order in which a model is split.
 
-meta model of the stage -> tensor / sequence parallel -> recompute -> ZeRO -> materialise -> tie -> initialise
+meta model of the stage -> tensor / sequence parallel -> context parallel -> recompute -> ZeRO
+                        -> materialise -> tie -> initialise
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from dist_llm.accounting.stages import StagePlan
 from dist_llm.config.parallel import ParallelConfig
+from dist_llm.parallel.context import apply_context
 from dist_llm.parallel.pipeline import StageModule
 from dist_llm.parallel.recompute import apply_recompute
 from dist_llm.parallel.shards import LocalShard, list_shards
@@ -73,6 +75,7 @@ def _split_stage(
 ) -> SplitStage:
     module = model.build(stage).to(formats.master)
     table = apply_tensor(module, model.plan, mesh.tp, parallel.sequence)
+    apply_context(module, mesh.cp, parallel.context_method)
     if parallel.recompute == "full":
         apply_recompute(model.blocks(module))
     if needs_fsdp(mesh, formats.compute, formats.master):

@@ -159,7 +159,7 @@ def apply_tensor(model: nn.Module, plan: ShardPlan, axis: Axis, sequence: bool) 
     if sequence:
         for module in model.modules():
             if hasattr(module, "sequence_part"):
-                module.sequence_part = axis.index  # type: ignore[assignment]
+                module.sequence_part, module.sequence_parts = axis.index, axis.size  # type: ignore[assignment]
     return table
 
 

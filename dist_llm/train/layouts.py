@@ -58,6 +58,10 @@ CASES: tuple[Case, ...] = (
     _case("as-given", 2, 4, tensor=2, sequence=True, recompute="full"),
     _case("as-given", 8, 4, tensor=2, sequence=True, pipeline=2, data=2, zero=1),
     _case("as-given", 8, 4, tensor=2, sequence=True, pipeline=2, data=2, zero=3),
+    _case("as-given", 2, 4, context=2, zero=0),
+    _case("as-given", 4, 1, context=2, data=2, zero=2, recompute="full"),
+    _case("as-given", 4, 4, context=2, tensor=2, sequence=True),
+    _case("as-given", 8, 4, context=2, tensor=2, sequence=True, pipeline=2, zero=3),
     _case("untied", 2, 1, tensor=2, sequence=True),
     _case("untied", 4, 4, pipeline=2, data=2, zero=2),
     _case("odd-vocabulary", 2, 4, tensor=2),
@@ -65,6 +69,9 @@ CASES: tuple[Case, ...] = (
     _case("gpt2", 2, 4, tensor=2, sequence=True),
     _case("gpt2", 4, 4, pipeline=2, virtual_pipeline=2, schedule="interleaved", data=2, zero=1),
     _case("gpt2", 8, 4, tensor=2, sequence=True, pipeline=2, data=2, zero=2),
+    _case("gpt2", 4, 4, context=4),
+    _case("gpt2", 4, 4, context=2, context_method="ulysses", pipeline=2, zero=1),
+    _case("gpt2", 8, 4, context=2, context_method="ulysses", tensor=2, sequence=True, data=2, zero=2),
     _case("gpt2-untied", 4, 1, tensor=2, data=2, zero=3),
 )
 """At least one case for each axis, schedule, ZeRO stage, family, tying and accumulation, and mixes up to 8 ranks."""

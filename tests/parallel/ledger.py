@@ -16,6 +16,7 @@ KINDS = {
     "c10d._allgather_base_.default": "all_gather",
     "c10d._reduce_scatter_base_.default": "reduce_scatter",
     "c10d.send.default": "send",
+    "c10d.alltoall_base_.default": "all_to_all",
 }
 QUIET = ("c10d.recv_.default",)
 
@@ -25,7 +26,7 @@ class Ledger(TorchDispatchMode):
 
     def __init__(self, mesh: Mesh) -> None:
         super().__init__()
-        axes = [mesh.world, mesh.pp, mesh.tp, mesh.zero, mesh.replicate, mesh.shard]
+        axes = [mesh.world, mesh.pp, mesh.cp, mesh.tp, mesh.zero, mesh.replicate, mesh.shard]
         if mesh.ends is not None:
             axes.append(mesh.ends)
         self._names: dict[str, str] = {}

@@ -91,6 +91,10 @@ MORE_TRAFFIC = [
     (4, {"zero": 2, "replicate": 2}, {}),
     (2, {"pipeline": 2, "schedule": "gpipe", "zero": 0}, {}),
     (8, {"tensor": 2, "sequence": True, "pipeline": 2, "zero": 1}, {}),
+    (4, {"context": 4, "zero": 1}, {}),
+    (8, {"context": 2, "tensor": 2, "sequence": True, "pipeline": 2, "zero": 2, "recompute": "full"}, {}),
+    (4, {"context": 2, "context_method": "ulysses", "tensor": 2, "zero": 0}, GPT2),
+    (4, {"context": 2, "context_method": "ulysses", "data": 2, "zero": 3, "recompute": "full"}, {}),
 ]
 
 

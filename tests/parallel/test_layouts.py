@@ -28,6 +28,11 @@ LAYOUTS: list[tuple[int, dict[str, object]]] = [
     (4, {"pipeline": 2, "virtual_pipeline": 2, "schedule": "interleaved", "zero": 3}),
     (8, {"tensor": 2, "sequence": True, "pipeline": 2, "zero": 1}),
     (8, {"tensor": 2, "sequence": True, "pipeline": 2, "zero": 3, "recompute": "full"}),
+    (2, {"context": 2, "zero": 0}),
+    (2, {"context": 2, "context_method": "ulysses", "recompute": "full"}),
+    (4, {"context": 4, "zero": 3}),
+    (4, {"context": 2, "data": 2, "context_method": "ulysses", "zero": 2}),
+    (8, {"context": 2, "tensor": 2, "sequence": True, "pipeline": 2, "zero": 1}),
 ]
 FP64: dict[str, object] = {"name": "fp64"}
 
@@ -50,9 +55,14 @@ def test_documents_are_masked_alike(pool: WorkerPool) -> None:
     masked = pool.run(curve, tiny_config({}, None, data, precision=FP64), world=1)[0]
     plain = pool.run(curve, tiny_config({}, precision=FP64), world=1)[0]
     assert largest_gap(masked, plain) > VISIBLE_MASK
-    split: dict[str, object] = {"tensor": 2, "sequence": True, "pipeline": 2}
-    ours = pool.run(curve, tiny_config(split, None, data, precision=FP64), world=4)[3]
-    assert largest_gap(ours, masked) <= FP64_FEW_STEPS
+    splits: list[dict[str, object]] = [
+        {"tensor": 2, "sequence": True, "pipeline": 2},
+        {"context": 2, "tensor": 2, "sequence": True},
+        {"context": 2, "context_method": "ulysses", "pipeline": 2},
+    ]
+    for split in splits:
+        ours = pool.run(curve, tiny_config(split, None, data, precision=FP64), world=4)[3]
+        assert largest_gap(ours, masked) <= FP64_FEW_STEPS, split
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp16"])

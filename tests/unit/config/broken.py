@@ -22,6 +22,12 @@ BROKEN: list[tuple[str, dict[str, object], int | None, str]] = [
         "data.seq_len=62 must be a multiple of parallel.tensor=4 under parallel.sequence=true; use 52, 56, 60 or 64",
     ),
     (
+        "sequence_splits_evenly",
+        {"parallel__context": 4, "data__seq_len": 60},
+        None,
+        "data.seq_len=60 must be a multiple of 8: parallel.context=4, two chunks a rank; use 40, 48, 56 or 64",
+    ),
+    (
         "stages_hold_layers",
         {"parallel__pipeline": 5},
         None,
@@ -107,7 +113,19 @@ BROKEN: list[tuple[str, dict[str, object], int | None, str]] = [
         "data.global_batch=10 gives 5 microbatches a rank, not a multiple of 2 rounds of parallel.pipeline=2; "
         "use 4, 6, 8 or 12",
     ),
-    ("context_is_built", {"parallel__context": 2}, None, "parallel.context=2 is not part of this version; use 1"),
+    (
+        "context_divides_heads",
+        {"parallel__context": 3, "parallel__context_method": "ulysses", "data__seq_len": 24},
+        None,
+        "parallel.context=3 must divide the 4 heads (key-value heads too) of a tensor rank under "
+        "context_method=ulysses; use 1, 2 or 4",
+    ),
+    (
+        "context_without_attention_dropout",
+        {"parallel__context": 2, "model__attention_dropout": 0.1},
+        None,
+        "model.attention_dropout=0.1 must be 0 with parallel.context above 1; use 0.0",
+    ),
     ("expert_is_built", {"parallel__expert": 2}, None, "parallel.expert=2 is not part of this version; use 1"),
     (
         "recompute_is_built",

@@ -44,8 +44,9 @@ def test_keep_mask_drops_the_given_share() -> None:
 
 def test_dropout_of_a_part_of_the_sequence() -> None:
     x, samples = torch.ones(2, 8, 32), torch.tensor([3, 11])
-    whole = dropout(x, 0.3, 9, samples)
-    assert torch.equal(whole[:, 4:], dropout(x[:, 4:], 0.3, 9, samples, token_offset=4))
+    tokens = torch.arange(x.shape[1])
+    whole = dropout(x, 0.3, 9, samples, tokens)
+    assert torch.equal(whole[:, 4:], dropout(x[:, 4:], 0.3, 9, samples, tokens[4:]))
     assert set(whole.unique().tolist()) == {0.0, torch.tensor(1 / 0.7).item()}
     assert not torch.equal(whole[0], whole[1])
     assert not torch.equal(whole[:, 0], whole[:, 1])
