@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from dist_llm.accounting.params import ParamSpec, embedding_parameters, head_parameters, layer_parameters
+from dist_llm.accounting.schedules import stage_rank
 from dist_llm.accounting.stages import StagePlan, plan_stages
 from dist_llm.config.model import ModelConfig
 from dist_llm.config.parallel import ParallelConfig
@@ -17,12 +18,16 @@ from dist_llm.config.parallel import ParallelConfig
 
 @dataclass(frozen=True)
 class HeldTensor:
-    """A parameter as one rank holds it before ZeRO: rows x row_numel elements."""
+    """A parameter as one rank holds it before ZeRO: rows x row_numel elements.
+
+    partial: its gradient is a partial sum over tp. late: a split backward gives its gradient in the second half.
+    """
 
     name: str
     rows: int
     row_numel: int
     partial: bool
+    late: bool
 
     @property
     def numel(self) -> int:
@@ -51,12 +56,21 @@ def _partial(name: str, model: ModelConfig, sequence: bool) -> bool:
     return sequence and replicated
 
 
+def _late(name: str, parallel: ParallelConfig) -> bool:
+    """Return whether it is the gradient of a linear; a bias that is added after a sum over tp is not part of one."""
+    module, _, leaf = name.rpartition(".")
+    linear = module.rpartition(".")[2]
+    if linear in ("wo", "down"):
+        return leaf == "weight" or parallel.tensor == 1
+    return linear in ("wq", "wk", "wv", "gate", "up", "projection")
+
+
 def _unit(specs: list[ParamSpec], model: ModelConfig, parallel: ParallelConfig) -> Unit:
     held = []
     for spec in specs:
         shape = spec.local_shape(parallel.tensor)
         partial = parallel.tensor > 1 and _partial(spec.name, model, parallel.sequence)
-        held.append(HeldTensor(spec.name, shape[0], math.prod(shape[1:]), partial))
+        held.append(HeldTensor(spec.name, shape[0], math.prod(shape[1:]), partial, _late(spec.name, parallel)))
     return tuple(held)
 
 
@@ -74,5 +88,8 @@ def stage_units(model: ModelConfig, parallel: ParallelConfig, stage: StagePlan) 
 
 def rank_stages(model: ModelConfig, parallel: ParallelConfig, pipeline_index: int) -> list[StagePlan]:
     """Return the stages that pipeline rank `pipeline_index` holds, earliest first."""
-    stages = plan_stages(model.num_layers, parallel.pipeline, parallel.virtual_pipeline)
-    return stages[pipeline_index :: parallel.pipeline]
+    return [
+        stage
+        for stage in plan_stages(model.num_layers, parallel.num_stages)
+        if stage_rank(stage.index, parallel.pipeline, parallel.schedule) == pipeline_index
+    ]

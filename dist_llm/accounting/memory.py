@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dist_llm.accounting.held import HeldTensor, rank_stages, stage_units
+from dist_llm.accounting.schedules import Pipe, Work
 from dist_llm.config.model import ModelConfig
 from dist_llm.config.parallel import ParallelConfig
 from dist_llm.config.training import PrecisionConfig
@@ -54,34 +55,43 @@ def shard_count(parallel: ParallelConfig, data: int) -> int:
     return 1 if parallel.zero == 0 else data * parallel.context // parallel.replicate
 
 
-def backwards_before_last_forward(parallel: ParallelConfig, pipeline_index: int, microbatches: int) -> list[int]:
-    """Return, for each stage of this pipeline rank, how many backwards it ran before the rank's last forward."""
-    pipeline, chunks = parallel.pipeline, parallel.virtual_pipeline
-    if pipeline == 1:
-        return [microbatches - 1]
-    if parallel.schedule == "gpipe":
-        return [0]
-    if parallel.schedule == "1f1b":
-        warmup = min(microbatches, pipeline - pipeline_index)
-        return [microbatches - warmup]
-    round_size = microbatches // max(1, microbatches // pipeline)
-    warmup = (chunks - 1) * round_size + 2 * (pipeline - 1 - pipeline_index)
-    done = max(0, chunks * microbatches - 1 - warmup)
-    counts = [0] * chunks
-    for backward in range(done):
-        counts[chunks - 1 - (backward // round_size) % chunks] += 1
-    return counts
+@dataclass(frozen=True)
+class BackwardsDone:
+    """What a rank has done of the backwards of one stage at its last forward.
+
+    weights: whole backwards, or second halves. fresh: first halves since the last of these.
+    """
+
+    weights: int = 0
+    fresh: int = 0
+
+
+def backwards_at_last_forward(parallel: ParallelConfig, pipeline_index: int, microbatches: int) -> list[BackwardsDone]:
+    """Return what is done of the backwards of each stage of this pipeline rank, earliest stage first."""
+    if parallel.pipeline == 1:
+        return [BackwardsDone(microbatches - 1)]
+    order = Pipe(parallel.schedule, parallel.pipeline, parallel.chunks, microbatches).order(pipeline_index)
+    last = max(index for index, action in enumerate(order) if action.work is Work.FORWARD)
+    done: dict[int, BackwardsDone] = {}
+    for action in order[:last]:
+        before = done.setdefault(action.stage, BackwardsDone())
+        if action.work in (Work.BACKWARD, Work.WEIGHT):
+            done[action.stage] = BackwardsDone(before.weights + 1)
+        elif action.work is Work.INPUT:
+            done[action.stage] = BackwardsDone(before.weights, before.fresh + 1)
+    return [done.get(stage, BackwardsDone()) for stage in sorted({action.stage for action in order})]
 
 
 def _uses_fsdp(parallel: ParallelConfig, precision: PrecisionConfig, shards: int) -> bool:
     return shards > 1 or precision.compute != precision.master
 
 
-def _waiting_gradients(tensors: list[HeldTensor], parallel: ParallelConfig, place: Place, fsdp: bool) -> int:
-    """Return the elements of gradients that wait for later microbatches, once one backward ran."""
-    if fsdp and parallel.zero >= 2:
-        return sum(tensor.padded_shard_numel(place.shards) for tensor in tensors)
-    return sum(tensor.numel for tensor in tensors)
+def _waiting_gradients(tensors: list[HeldTensor], done: BackwardsDone, in_shards: bool, place: Place) -> int:
+    """Return the elements of gradients that wait for later microbatches; in_shards: zero 2 and 3."""
+    early = sum(tensor.numel for tensor in tensors if not tensor.late) if done.fresh else 0
+    if in_shards:
+        return early + sum(tensor.padded_shard_numel(place.shards) for tensor in tensors if done.weights)
+    return sum(tensor.numel for tensor in tensors) if done.weights else early
 
 
 def step_bytes(
@@ -96,11 +106,10 @@ def step_bytes(
     shards = sum(tensor.padded_shard_numel(place.shards) for tensor in tensors)
     real = sum(tensor.shard_rows(place.shards, place.shard_index) * tensor.row_numel for tensor in tensors)
     gathered = shards * place.shards if fsdp and parallel.zero < 3 else 0
-    backwards = backwards_before_last_forward(parallel, place.pipeline_index, microbatches)
+    backwards = backwards_at_last_forward(parallel, place.pipeline_index, microbatches)
     waiting = sum(
-        _waiting_gradients(held, parallel, place, fsdp)
-        for held, count in zip(by_stage, backwards, strict=True)
-        if count
+        _waiting_gradients(held, done, fsdp and parallel.zero >= 2, place)
+        for held, done in zip(by_stage, backwards, strict=True)
     )
     settled = StateBytes(shards * master, shards * master, 2 * real * master)
     forward = StateBytes(shards * master + gathered * compute, waiting * master, 2 * real * master)

@@ -24,8 +24,7 @@ class StagePlan:
         return self.index == self.count - 1
 
 
-def plan_stages(num_layers: int, pipeline: int, virtual_pipeline: int = 1) -> list[StagePlan]:
-    """Return the stages in order; stage s runs on pipeline rank s mod `pipeline` (Narayanan et al. 2021)."""
-    count = pipeline * virtual_pipeline
+def plan_stages(num_layers: int, count: int) -> list[StagePlan]:
+    """Return `count` stages in order; schedules.stage_rank says where each runs."""
     bounds = [index * num_layers // count for index in range(count + 1)]
     return [StagePlan(index, count, range(bounds[index], bounds[index + 1])) for index in range(count)]

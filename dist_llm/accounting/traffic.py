@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from dist_llm.accounting.held import rank_stages, stage_units
 from dist_llm.accounting.memory import FORMAT_BYTES, Place
 from dist_llm.accounting.params import padded_vocab
+from dist_llm.accounting.schedules import crosses
 from dist_llm.accounting.stages import StagePlan
 from dist_llm.config.inputs import DataConfig
 from dist_llm.config.model import ModelConfig
@@ -152,12 +153,17 @@ def _add_finish(ledger: _Ledger, shapes: Shapes, stages: list[StagePlan], fsdp: 
     if parallel.tensor > 1:
         for payload in _bucket_payloads([local[id(t)] for t in tensors if t.partial], bucket):
             ledger.add("tp", "all_reduce", 1, payload)
-    if parallel.pipeline > 1 and shapes.model.tie_embeddings and (stages[0].first or stages[-1].last):
+    if parallel.pipeline > 1 and shapes.model.tie_embeddings and stages[0].first != stages[-1].last:
         rows = padded_vocab(shapes.model.vocab_size, parallel.tensor) // parallel.tensor
         chunk = -(-rows // place.shards)
         mine = max(0, min(rows, (place.shard_index + 1) * chunk) - place.shard_index * chunk)
         ledger.add("ends", "all_reduce", 1, mine * shapes.model.hidden_size * shapes.master_bytes)
     ledger.add("world", "all_reduce", 1, 3 * 8)
+
+
+def _edges(stage: StagePlan) -> list[int]:
+    """Return the stages whose output this stage has part in: its own, and that of the one before it."""
+    return [index for index in (stage.index - 1, stage.index) if 0 <= index < stage.count - 1]
 
 
 def step_traffic(shapes: Shapes) -> Traffic:
@@ -175,7 +181,7 @@ def step_traffic(shapes: Shapes) -> Traffic:
         if fsdp:
             _add_zero(ledger, shapes, stage)
         if parallel.pipeline > 1:
-            sends = int(not stage.first) + int(not stage.last)
+            sends = sum(crosses(index, parallel.pipeline, parallel.schedule) for index in _edges(stage))
             ledger.add("pp", "send", sends * shapes.microbatches, crossing)
     _add_finish(ledger, shapes, stages, fsdp)
     return Traffic(dict(ledger.counts), dict(ledger.bytes))

@@ -10,6 +10,9 @@ from dist_llm.config.base import Choice, Count, Section
 
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev"]
 
+V_SCHEDULES = ("zbv", "dualpipev")
+"""Schedules whose ranks hold stages r and 2n - 1 - r: down the ranks and up again."""
+
 
 class ParallelConfig(Section):
     """Sizes of the mesh axes, the pipeline's schedule, what ZeRO shards and what is recomputed."""
@@ -21,9 +24,10 @@ class ParallelConfig(Section):
     pipeline: Count = 1
     """Ranks that split the layers into consecutive stages (Narayanan et al. 2021)."""
     virtual_pipeline: Count = 1
-    """Stages that each pipeline rank holds; above 1 only under `schedule: interleaved`."""
+    """Stages that each pipeline rank holds: 1 under gpipe and 1f1b, 2 under zbv and dualpipev (1 then means 2)."""
     schedule: Schedule = "1f1b"
-    """Order of forwards and backwards when pipeline is above 1; zero_bubble, zbv and dualpipev are then refused."""
+    """Order of forwards and backwards when pipeline is above 1; zero_bubble, zbv and dualpipev run some backwards of
+    weights later (Qi et al. 2023; DeepSeek-V3 2024)."""
     context: Count = 1
     """Ranks that split each sequence, each keeping a chunk from its front and one from its back."""
     context_method: Literal["ring", "ulysses"] = "ring"
@@ -47,6 +51,17 @@ class ParallelConfig(Section):
         return self.tensor * self.pipeline * self.context
 
     @property
+    def chunks(self) -> int:
+        """Stages of each pipeline rank: as set, or the two of a V-shaped schedule."""
+        in_a_v = self.pipeline > 1 and self.schedule in V_SCHEDULES
+        return max(2, self.virtual_pipeline) if in_a_v else self.virtual_pipeline
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether the schedule may run the backward of a stage's weights after that of its inputs."""
+        return self.pipeline > 1 and self.schedule in ("zero_bubble", *V_SCHEDULES)
+
+    @property
     def num_stages(self) -> int:
         """Pipeline stages over all ranks, virtual ones included."""
-        return self.pipeline * self.virtual_pipeline
+        return self.pipeline * self.chunks

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from dist_llm.config.parallel import V_SCHEDULES
 from dist_llm.config.rule import RANKS, Broken, Rule, reads
 from dist_llm.config.run import RunConfig
 
@@ -89,7 +90,7 @@ def sequence_splits_evenly(config: RunConfig, world_size: int | None) -> Iterato
         yield Broken("data.seq_len", f"must be a multiple of {names}", near)
 
 
-@reads("parallel.pipeline", "parallel.virtual_pipeline", "model.num_layers")
+@reads("parallel.pipeline", "parallel.virtual_pipeline", "parallel.schedule", "model.num_layers")
 def stages_hold_layers(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
     """`parallel.pipeline` x `parallel.virtual_pipeline` is at most `model.num_layers`.
 
@@ -98,13 +99,11 @@ def stages_hold_layers(config: RunConfig, world_size: int | None) -> Iterator[Br
     parallel, layers = config.parallel, config.model.num_layers
     if parallel.num_stages <= layers:
         return
-    if parallel.virtual_pipeline > 1 and parallel.pipeline <= layers:
+    if parallel.virtual_pipeline > 1 and parallel.pipeline <= layers and parallel.schedule not in V_SCHEDULES:
         words = f"x parallel.pipeline={parallel.pipeline} stages must not exceed model.num_layers={layers}"
         yield Broken("parallel.virtual_pipeline", words, divisors(layers // parallel.pipeline))
     else:
-        chunks = (
-            f"x parallel.virtual_pipeline={parallel.virtual_pipeline} stages " if parallel.virtual_pipeline > 1 else ""
-        )
+        chunks = f"x parallel.virtual_pipeline={parallel.chunks} stages " if parallel.chunks > 1 else ""
         near = tuple(range(1, min(layers, 64) + 1)) + divisors(layers)
         yield Broken("parallel.pipeline", f"{chunks}must not exceed model.num_layers={layers}", near)
 
@@ -116,19 +115,13 @@ def chunks_need_pipeline(config: RunConfig, world_size: int | None) -> Iterator[
         yield Broken("parallel.virtual_pipeline", "must be 1 when parallel.pipeline=1", (1,))
 
 
-@reads("parallel.pipeline", "parallel.schedule")
-def schedule_is_built(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
-    """`parallel.schedule` is `gpipe`, `1f1b` or `interleaved`; `zero_bubble`, `zbv` and `dualpipev` come later.
-
-    Ignored when `parallel.pipeline` is 1.
-    """
-    if config.parallel.pipeline > 1 and config.parallel.schedule in ("zero_bubble", "zbv", "dualpipev"):
-        yield Broken("parallel.schedule", LATER, ("gpipe", "1f1b", "interleaved"))
-
-
 @reads("parallel.pipeline", "parallel.schedule", "parallel.virtual_pipeline")
 def chunks_match_schedule(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
-    """`gpipe` and `1f1b` run one chunk a rank, `interleaved` two or more (`parallel.virtual_pipeline`)."""
+    """`gpipe` and `1f1b` run one chunk a rank, `interleaved` two or more, `zbv` and `dualpipev` just two.
+
+    `zero_bubble` runs any number of chunks (`parallel.virtual_pipeline`). Of the two in a V a rank's first goes down
+    the ranks and its second up again, so 1, the default, means 2 there.
+    """
     parallel = config.parallel
     if parallel.pipeline == 1:
         return
@@ -137,30 +130,38 @@ def chunks_match_schedule(config: RunConfig, world_size: int | None) -> Iterator
     if parallel.schedule == "interleaved" and parallel.virtual_pipeline == 1:
         words = "must be at least 2 under parallel.schedule=interleaved"
         yield Broken("parallel.virtual_pipeline", words, (2, 3, 4))
+    if parallel.schedule in V_SCHEDULES and parallel.virtual_pipeline > 2:
+        yield Broken("parallel.virtual_pipeline", f"must be 2 under parallel.schedule={parallel.schedule}", (2,))
 
 
 @reads(*_BATCH_KEYS, "parallel.schedule")
 def microbatches_fill_pipeline(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
-    """Under `1f1b` every data rank has at least `parallel.pipeline` microbatches a step (torch's Schedule1F1B)."""
-    pipeline = config.parallel.pipeline
-    if pipeline == 1 or config.parallel.schedule != "1f1b":
+    """A data rank has at least `parallel.pipeline` microbatches under `1f1b`, twice as many under `dualpipev`.
+
+    The conditions of torch's Schedule1F1B and ScheduleDualPipeV: so many fill the pipeline.
+    """
+    pipeline, schedule = config.parallel.pipeline, config.parallel.schedule
+    if pipeline == 1 or schedule not in ("1f1b", "dualpipev"):
         return
+    needed = pipeline if schedule == "1f1b" else 2 * pipeline
     data = data_ranks(config, world_size) or 1
     share = data * config.data.microbatch
     count, rest = divmod(config.data.global_batch, share)
-    if not rest and count < pipeline:
-        words = f"gives a rank {count} of the {pipeline} microbatches that fill parallel.pipeline={pipeline} under 1f1b"
-        yield Broken("data.global_batch", words, multiples(share, pipeline * share))
+    if not rest and count < needed:
+        filling = f"microbatches that fill parallel.pipeline={pipeline} under {schedule}"
+        yield Broken(
+            "data.global_batch", f"gives a rank {count} of the {needed} {filling}", multiples(share, needed * share)
+        )
 
 
 @reads(*_BATCH_KEYS, "parallel.schedule")
 def microbatches_fill_rounds(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
-    """Under `interleaved` the microbatches of a rank are a multiple of the rounds, max(1, microbatches // pipeline).
+    """The microbatches of a rank are a multiple of the rounds, max(1, microbatches // pipeline).
 
-    The condition of torch's ScheduleInterleaved1F1B; any multiple of `parallel.pipeline` meets it.
+    The condition of torch's `interleaved` and `zero_bubble` schedules; any multiple of `parallel.pipeline` meets it.
     """
     pipeline, count = config.parallel.pipeline, num_microbatches(config, world_size)
-    if pipeline == 1 or config.parallel.schedule != "interleaved" or count is None:
+    if pipeline == 1 or config.parallel.schedule not in ("interleaved", "zero_bubble") or count is None:
         return
     rounds = max(1, count // pipeline)
     if count % rounds:
@@ -264,7 +265,6 @@ LAYOUT_RULES: tuple[Rule, ...] = (
     sequence_splits_evenly,
     stages_hold_layers,
     chunks_need_pipeline,
-    schedule_is_built,
     chunks_match_schedule,
     batch_splits_evenly,
     microbatches_fill_pipeline,

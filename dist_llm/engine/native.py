@@ -63,7 +63,7 @@ class NativeEngine:
         self.data_slice = DataSlice(mesh.dp.index, mesh.dp.size)
         self._context = ContextShare(mesh.cp.index, mesh.cp.size)
         model = splittable(config.model, config.run.seed)
-        stages = plan_stages(config.model.num_layers, mesh.pp.size, config.parallel.virtual_pipeline)
+        stages = plan_stages(config.model.num_layers, config.parallel.num_stages)
         self.stages = apply_layout(model, stages, config.parallel, self._formats, mesh)
         self.shards: list[LocalShard] = [shard for stage in self.stages for shard in stage.shards]
         self._tied = [shard for shard in self.shards if model.tied and shard.name == model.tied[0]]
@@ -147,7 +147,8 @@ class NativeEngine:
     def _finish_gradients(self) -> None:
         """Complete what no backward did: replicas (zero), partial sums (tp), the two tied copies (ends).
 
-        Issues one all-reduce a bucket over zero (without FSDP), over tp (partial gradients), over ends.
+        Issues one all-reduce a bucket over zero (without FSDP), over tp (partial gradients), over ends, unless both
+        copies are here, under a schedule in a V.
         """
         mesh, bucket = self._mesh, self._config.parallel.bucket_mib << 20
         if not needs_fsdp(mesh, self._formats.compute, self._formats.master):
@@ -156,6 +157,9 @@ class NativeEngine:
             reduce_in_buckets(self._gradients(s for s in self.shards if s.partial), mesh.tp, bucket)
         if mesh.ends is not None:
             reduce_in_buckets(self._gradients(self._tied), mesh.ends, bucket)
+        elif len(self._tied) == 2:
+            first, last = self._gradients(self._tied)
+            last.copy_(first.add_(last))
 
     @staticmethod
     def _gradients(shards: Iterable[LocalShard]) -> list[Tensor]:
@@ -164,7 +168,7 @@ class NativeEngine:
 
     def _totals(self, loss: Float[Tensor, ""], batch: Batch, square_sum: Float64[Tensor, ""]) -> Totals:
         """Sum loss, counted tokens and squared norm over the world. One all-reduce of three float64."""
-        counts = self._mesh.tp.index == 0 and self._mesh.pp.index == self._mesh.pp.size - 1
+        counts = self._mesh.tp.index == 0 and any(stage.part.index == stage.part.count - 1 for stage in self.stages)
         tokens = (batch.targets != IGNORE_INDEX).sum() if counts else torch.zeros((), device=self._mesh.device)
         local = torch.stack([(loss if counts else loss * 0).double(), tokens.double(), square_sum])
         dist.all_reduce(local, group=self._mesh.world.group)

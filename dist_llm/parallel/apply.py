@@ -1,7 +1,7 @@
 """The only place with the order in which a model is split.
 
-meta model of the stage -> tensor / sequence parallel -> context parallel -> recompute -> ZeRO
-                        -> materialise -> tie -> initialise
+meta model of the stage -> tensor / sequence parallel -> context parallel -> split backward -> recompute
+                        -> ZeRO -> materialise -> tie -> initialise
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from dist_llm.accounting.schedules import stage_rank
 from dist_llm.accounting.stages import StagePlan
 from dist_llm.config.parallel import ParallelConfig
 from dist_llm.parallel.context import apply_context
 from dist_llm.parallel.pipeline import StageModule
 from dist_llm.parallel.recompute import apply_recompute
 from dist_llm.parallel.shards import LocalShard, list_shards
+from dist_llm.parallel.split_backward import apply_split_backward
 from dist_llm.parallel.tensor import apply_tensor
 from dist_llm.parallel.zero import apply_zero, needs_fsdp
 from dist_llm.runtime.mesh import Mesh
@@ -66,7 +68,7 @@ def apply_layout(
     return [
         _split_stage(model, stage, parallel, formats, mesh)
         for stage in stages
-        if stage.index % mesh.pp.size == mesh.pp.index
+        if stage_rank(stage.index, mesh.pp.size, parallel.schedule) == mesh.pp.index
     ]
 
 
@@ -76,6 +78,7 @@ def _split_stage(
     module = model.build(stage).to(formats.master)
     table = apply_tensor(module, model.plan, mesh.tp, parallel.sequence)
     apply_context(module, mesh.cp, parallel.context_method)
+    later = apply_split_backward(module) if parallel.splits_backward else None
     if parallel.recompute == "full":
         apply_recompute(model.blocks(module))
     if needs_fsdp(mesh, formats.compute, formats.master):
@@ -88,4 +91,4 @@ def _split_stage(
     shards = tuple(list_shards(module, table, mesh, model.tied))
     for shard in shards:
         model.initialise(shard)
-    return SplitStage(StageModule(module, stage.index, stage.count), shards)
+    return SplitStage(StageModule(module, stage.index, stage.count, later), shards)

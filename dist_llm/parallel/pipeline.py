@@ -1,8 +1,8 @@
 """One global batch through the model: gradient accumulation when pp = 1, a pipeline schedule when pp > 1.
 
-Schedules come from torch.distributed.pipelining (GPipe, Huang et al. 2019; 1F1B and interleaved 1F1B, Narayanan et
-al. 2021). torch's stage would force ZeRO-1 traffic on an FSDP module, so the stage holds the model behind a plain
-module and this file sets the traffic of each backward by ZeRO stage, the same way with and without a pipeline.
+Schedules come from torch.distributed.pipelining; accounting/schedules.py says what each does. torch's stage would force
+ZeRO-1 traffic on an FSDP module, so the stage holds the model behind a plain module and this file sets the traffic of
+each backward by ZeRO stage, the same way with and without a pipeline.
 """
 
 from __future__ import annotations
@@ -16,8 +16,18 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleDualPipeV,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
 
+from dist_llm.ops.linear import WeightGradients
+from dist_llm.parallel.split_backward import finish_backward
 from dist_llm.parallel.zero import release, set_backward_traffic
 from dist_llm.runtime.mesh import Axis
 from dist_llm.types import Batch
@@ -128,23 +138,59 @@ class _Stage(PipelineStage):
             receive.tensor.requires_grad_(self.has_backward)
         return receives
 
-    def backward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
-        """Run one backward; the last of the step reduces what ZeRO has held back."""
-        self._backwards += 1
-        last = self._backwards == self.num_microbatches
-        set_backward_traffic(self.submod.model, self.zero, last)  # type: ignore[arg-type]
-        if last:
-            self._backwards = 0
-        return super().backward_one_chunk(*args, **kwargs)
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
+    ) -> None:
+        """Run one backward, or its first half; the last of the step reduces what ZeRO has held back."""
+        if not self.has_backward:
+            return
+        model: nn.Module = self.submod.model  # type: ignore[assignment]
+        if self.dw_builder is None:
+            set_backward_traffic(model, self.zero, self._is_last())
+        else:
+            set_backward_traffic(model, self.zero, last=False, complete=False)
+        super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        if self.dw_builder is not None and full_backward:
+            self._finish()
+
+    def backward_weight_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the second half of a backward."""
+        if not self.has_backward:
+            return
+        super().backward_weight_one_chunk(*args, **kwargs)
+        self._finish()
+
+    def _finish(self) -> None:
+        """Do with the gradients of a split backward what ZeRO does after it."""
+        model: nn.Module = self.submod.model  # type: ignore[assignment]
+        set_backward_traffic(model, self.zero, self._is_last())
+        finish_backward(model)
+
+    def _is_last(self) -> bool:
+        """Count a backward; return whether it is the last of the step."""
+        self._backwards = (self._backwards + 1) % self.num_microbatches
+        return self._backwards == 0
+
+    def get_local_bwd_output(self, mb_index: int) -> Any:
+        """Return the gradients for the stage before, on this rank too; none in an evaluation."""
+        if not self.has_backward:
+            return ()
+        return super().get_local_bwd_output(mb_index)  # type: ignore[no-untyped-call]
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
+        """Take the gradients of the stage after, on this rank too; none in an evaluation."""
+        if self.has_backward:
+            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
 
 
 @dataclass(frozen=True)
 class StageModule:
-    """A part of the model on this rank and its place among all stages."""
+    """A part of the model on this rank, its place among all stages, and where its weight gradients wait, if they do."""
 
     model: nn.Module
     index: int
     count: int
+    later: WeightGradients | None = None
 
 
 @dataclass(frozen=True)
@@ -180,8 +226,18 @@ def _build_stage(part: StageModule, crossing: StageTensors, axis: Axis, device: 
         input_args=tokens if first else hidden,
         output_args=logits if last else hidden,
         group=axis.group,
+        dw_builder=None if part.later is None else part.later.take,
         **(grads if _DECLARES_GRADIENTS else {}),
     )
+
+
+_SINGLE = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+_MULTIPLE = {
+    "interleaved": ScheduleInterleaved1F1B,
+    "zero_bubble": ScheduleInterleavedZeroBubble,
+    "zbv": ScheduleZBVZeroBubble,
+    "dualpipev": ScheduleDualPipeV,
+}
 
 
 class Scheduled:
@@ -205,11 +261,10 @@ class Scheduled:
             stage.zero, stage.num_microbatches, stage.after_forward = zero, cut.count, self._count_forward
         options: dict[str, Any] = {"n_microbatches": cut.count, "loss_fn": loss, "scale_grads": False}
         self._schedule: Any
-        if schedule == "interleaved":
-            self._schedule = ScheduleInterleaved1F1B(list(stages), **options)
+        if schedule in _SINGLE:
+            self._schedule = _SINGLE[schedule](stages[0], **options)
         else:
-            single = ScheduleGPipe if schedule == "gpipe" else Schedule1F1B
-            self._schedule = single(stages[0], **options)
+            self._schedule = _MULTIPLE[schedule](list(stages), **options)
         self._first = any(part.index == 0 for part in parts)
         self._last = any(part.index == part.count - 1 for part in parts)
         self._device = device

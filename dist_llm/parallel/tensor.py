@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dist_llm.accounting.params import padded_vocab
+from dist_llm.ops.linear import WeightGradients, linear
 from dist_llm.parallel.collectives import enter_region, leave_region
 from dist_llm.runtime.mesh import Axis
 from dist_llm.types import ShardPlan, Style
@@ -42,10 +43,11 @@ class RowParallelLinear(nn.Linear):
 
     axis: Axis
     sequence: bool
+    later: WeightGradients | None = None
 
     def forward(self, x: Float[Tensor, "batch seq inputs"]) -> Float[Tensor, "batch _ outputs"]:
         """Map this rank's inputs (seq or seq/tp tokens come back). One all-reduce, or reduce-scatter, over tp."""
-        out = leave_region(functional.linear(x, self.weight), self.axis, self.sequence)
+        out = leave_region(linear(x, self.weight, None, self.later), self.axis, self.sequence)
         bias: Tensor | None = self.bias
         return out if bias is None else out + bias
 

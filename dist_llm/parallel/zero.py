@@ -48,10 +48,13 @@ def apply_zero(
                 unit.set_modules_to_backward_prefetch([before])
 
 
-def set_backward_traffic(model: nn.Module, stage: int, last: bool) -> None:
-    """Say before a backward whether it reduces gradients and frees parameters, by stage and microbatch."""
+def set_backward_traffic(model: nn.Module, stage: int, last: bool, complete: bool = True) -> None:
+    """Say before a backward whether it reduces gradients and frees parameters, by stage and microbatch.
+
+    complete: False before the first half of a backward, which reduces nothing.
+    """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last or stage >= 2)
+        model.set_requires_gradient_sync(complete and (last or stage >= 2))
         model.set_requires_all_reduce(last)
         model.set_reshard_after_backward(last or stage == 3)
 

@@ -2,7 +2,8 @@
 
 rank = ((pp * DP + dp) * CP + cp) * TP + tp
 zero     dp x cp folded into one axis: replicas of a parameter; replicate x shard is the same axis cut in two (HSDP)
-ends     first and last pipeline rank at equal (dp, cp, tp): the two copies of a tied embedding
+ends     first and last pipeline rank at equal (dp, cp, tp): the two copies of a tied embedding; none where a
+         schedule in a V puts first and last stage on one rank
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from dist_llm.config.parallel import ParallelConfig
+from dist_llm.config.parallel import V_SCHEDULES, ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,6 @@ def build_mesh(parallel: ParallelConfig, device: torch.device, timeout_seconds: 
         replicate=_axis(folded, "replicate"),
         shard=_axis(folded, "shard"),
         world=Axis("world", dist.group.WORLD, dist.get_rank(), world),  # type: ignore[arg-type]
-        ends=_ends_axis(torch.arange(world).view(shape), timeout),
+        ends=None if parallel.schedule in V_SCHEDULES else _ends_axis(torch.arange(world).view(shape), timeout),
         zero_mesh=folded["replicate", "shard"] if replicate > 1 else folded["shard"],
     )

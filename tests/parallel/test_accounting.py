@@ -82,6 +82,8 @@ def test_live_bytes_and_collectives_equal_the_formulas(
 def test_low_precision_keeps_fp32_masters(pool: WorkerPool, zero: int) -> None:
     config = tiny_config({"zero": zero}, precision={"name": "bf16"})
     _assert_equal(pool.run(measured_and_formula, config, world=2))
+    split: dict[str, object] = {"zero": zero, "pipeline": 2, "virtual_pipeline": 2, "schedule": "zero_bubble"}
+    _assert_equal(pool.run(measured_and_formula, tiny_config(split, precision={"name": "bf16"}), world=4))
 
 
 MORE_TRAFFIC = [
@@ -91,6 +93,14 @@ MORE_TRAFFIC = [
     (4, {"zero": 2, "replicate": 2}, {}),
     (2, {"pipeline": 2, "schedule": "gpipe", "zero": 0}, {}),
     (8, {"tensor": 2, "sequence": True, "pipeline": 2, "zero": 1}, {}),
+    *(
+        (4, {"pipeline": 2, "schedule": schedule, "zero": zero}, GPT2)
+        for schedule in ("zero_bubble", "zbv", "dualpipev")
+        for zero in (0, 2, 3)
+    ),
+    (8, {"pipeline": 4, "schedule": "zero_bubble", "zero": 1}, {}),
+    (8, {"pipeline": 2, "schedule": "zbv", "tensor": 2, "sequence": True, "zero": 2}, {}),
+    (8, {"pipeline": 2, "schedule": "zbv", "replicate": 2, "zero": 2}, {}),
     (4, {"context": 4, "zero": 1}, {}),
     (8, {"context": 2, "tensor": 2, "sequence": True, "pipeline": 2, "zero": 2, "recompute": "full"}, {}),
     (4, {"context": 2, "context_method": "ulysses", "tensor": 2, "zero": 0}, GPT2),

@@ -27,7 +27,10 @@ BAD: list[tuple[str | list[str], list[str]]] = [
     ("model.num_kv_heads=3", ["model.num_kv_heads=3 must divide model.num_heads=4; use 1, 2 or 4"]),
     ("model=llama3-8b parallel.tensor=6", ["model.num_heads=32, model.num_kv_heads=8", "use 1, 2, 4 or 8"]),
     ("parallel.pipeline=5", ["parallel.pipeline=5 must not exceed model.num_layers=4; use 1, 2, 3 or 4"]),
-    ("parallel.pipeline=2 parallel.schedule=zbv", ["parallel.schedule=zbv is not part of this version"]),
+    (
+        "parallel.pipeline=2 parallel.schedule=zbv parallel.virtual_pipeline=3",
+        ["=3 must be 2 under parallel.schedule=zbv"],
+    ),
     ("parallel.pipeline=2 parallel.schedule=interleaved", ["parallel.virtual_pipeline=1 must be at least 2"]),
     ("parallel.pipeline=4 data.global_batch=4", ["data.global_batch=4 gives a rank 2 of the 4 microbatches"]),
     ("parallel.virtual_pipeline=2", ["parallel.virtual_pipeline=2 must be 1 when parallel.pipeline=1; use 1"]),

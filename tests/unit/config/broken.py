@@ -52,16 +52,16 @@ BROKEN: list[tuple[str, dict[str, object], int | None, str]] = [
         "parallel.virtual_pipeline=2 must be 1 when parallel.pipeline=1; use 1",
     ),
     (
-        "schedule_is_built",
-        {"parallel__pipeline": 2, "parallel__schedule": "zero_bubble"},
+        "stages_hold_layers",
+        {"parallel__pipeline": 3, "parallel__schedule": "zbv"},
         None,
-        "parallel.schedule=zero_bubble is not part of this version; use gpipe or 1f1b",
+        "parallel.pipeline=3 x parallel.virtual_pipeline=2 stages must not exceed model.num_layers=4; use 1 or 2",
     ),
     (
-        "schedule_is_built",
-        {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2, "parallel__schedule": "zbv"},
+        "chunks_match_schedule",
+        {"parallel__pipeline": 2, "parallel__virtual_pipeline": 3, "parallel__schedule": "zbv", "model__num_layers": 8},
         None,
-        "parallel.schedule=zbv is not part of this version; use interleaved",
+        "parallel.virtual_pipeline=3 must be 2 under parallel.schedule=zbv; use 2",
     ),
     (
         "chunks_match_schedule",
@@ -100,6 +100,20 @@ BROKEN: list[tuple[str, dict[str, object], int | None, str]] = [
         8,
         "data.global_batch=8 gives a rank 1 of the 2 microbatches that fill parallel.pipeline=2 under 1f1b; "
         "use 16, 24, 32 or 40",
+    ),
+    (
+        "microbatches_fill_pipeline",
+        {"parallel__pipeline": 2, "parallel__schedule": "dualpipev", "data__global_batch": 6},
+        None,
+        "data.global_batch=6 gives a rank 3 of the 4 microbatches that fill parallel.pipeline=2 under dualpipev; "
+        "use 8, 10, 12 or 14",
+    ),
+    (
+        "microbatches_fill_rounds",
+        {"parallel__pipeline": 2, "parallel__schedule": "zero_bubble", "data__global_batch": 10},
+        2,
+        "data.global_batch=10 gives 5 microbatches a rank, not a multiple of 2 rounds of parallel.pipeline=2; "
+        "use 4, 6, 8 or 12",
     ),
     (
         "microbatches_fill_rounds",

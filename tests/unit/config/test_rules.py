@@ -11,6 +11,7 @@ import pytest
 
 from dist_llm.config.checks import RULES, check, decode_and_check, resolve_data
 from dist_llm.config.legal import fitting_layouts
+from dist_llm.config.parallel import V_SCHEDULES
 from dist_llm.config.rule import RANKS, Rule, with_value
 from dist_llm.config.run import RunConfig
 from dist_llm.errors import ConfigError, ExitCode, LayoutError, Violation
@@ -215,28 +216,37 @@ def _torch_builds(schedule: str, pipeline: int, chunks: int, microbatches: int) 
         def __init__(self, index: int) -> None:
             self.stage_index, self.num_stages = index, pipeline * chunks
             self.group_rank, self.group_size, self.has_backward = 0, pipeline, True
+            self.submod = None
 
         def _create_grad_recv_info(self, *_: Any) -> Any: ...
         def _prepare_backward_infra(self, *_: Any) -> Any: ...
         def _prepare_forward_infra(self, *_: Any) -> Any: ...
 
-    stages = [Stage(index * pipeline) for index in range(chunks)]
+    stages = [
+        Stage(index)
+        for index in ((0, 2 * pipeline - 1) if schedule in V_SCHEDULES else range(0, pipeline * chunks, pipeline))
+    ]
     options: dict[str, Any] = {"loss_fn": lambda output, target: output, "scale_grads": False}
     try:
-        if schedule == "interleaved":
-            schedules.ScheduleInterleaved1F1B(stages, microbatches, **options)
-        elif schedule == "1f1b":
-            schedules.Schedule1F1B(stages[0], microbatches, **options)
+        single = {"gpipe": schedules.ScheduleGPipe, "1f1b": schedules.Schedule1F1B}
+        multiple = {
+            "interleaved": schedules.ScheduleInterleaved1F1B,
+            "zero_bubble": schedules.ScheduleInterleavedZeroBubble,
+            "zbv": schedules.ScheduleZBVZeroBubble,
+            "dualpipev": schedules.ScheduleDualPipeV,
+        }
+        if schedule in single:
+            single[schedule](stages[0], microbatches, **options)
         else:
-            schedules.ScheduleGPipe(stages[0], microbatches, **options)
+            multiple[schedule](stages, microbatches, **options)
     except ValueError:
         return False
     return True
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved"])
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev"])
 def test_torch_builds_just_what_the_rules_allow(schedule: str) -> None:
-    chunks = 2 if schedule == "interleaved" else 1
+    chunks = 1 if schedule in ("gpipe", "1f1b") else 2
     verdicts = set()
     for pipeline in (2, 3, 4, 5):
         for microbatches in range(1, 18):
@@ -244,7 +254,7 @@ def test_torch_builds_just_what_the_rules_allow(schedule: str) -> None:
             legal = check(config, pipeline) == []
             assert legal == _torch_builds(schedule, pipeline, chunks, microbatches), (pipeline, microbatches)
             verdicts.add(legal)
-    assert verdicts == ({True} if schedule == "gpipe" else {True, False})
+    assert verdicts == ({True} if schedule in ("gpipe", "zbv") else {True, False})
 
 
 def _pipeline_config(schedule: str, pipeline: int, chunks: int, microbatches: int) -> RunConfig:

@@ -1,0 +1,75 @@
+"""A linear map whose weight gradient can wait: y = x W^T + b; dx = dy W at once; dW = dy^T x and db when asked for.
+
+What waits keeps x and dy alive. Source: Qi et al. 2023 (zero bubble): the two halves of a backward at different times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+
+class WeightGradients:
+    """The weight gradients of a stage that have not been computed yet."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Callable[[], None]] = []
+
+    def add(self, compute: Callable[[], None]) -> None:
+        """Let a gradient wait; `compute` adds it to its weight's `grad`."""
+        self._waiting.append(compute)
+
+    def take(self) -> Callable[[], None]:
+        """Return what computes all that waits, in the order in which it came, and let go of it."""
+        waiting, self._waiting = self._waiting, []
+
+        def compute_all() -> None:
+            while waiting:
+                waiting.pop(0)()
+
+        return compute_all
+
+
+def _accumulate(parameter: Tensor, gradient: Tensor) -> None:
+    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, later: WeightGradients) -> Tensor:
+        # Not saved for the backward: under recompute that gives back copies, whose `grad` nobody reads.
+        ctx.weight, ctx.bias, ctx.later = weight, bias, later
+        ctx.save_for_backward(x)
+        return functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (x,), grad = ctx.saved_tensors, grads[0]
+        weight, bias = ctx.weight, ctx.bias
+
+        def compute() -> None:
+            rows = grad.reshape(-1, grad.shape[-1])
+            _accumulate(weight, rows.t() @ x.reshape(-1, x.shape[-1]))
+            if bias is not None:
+                _accumulate(bias, rows.sum(dim=0))
+
+        ctx.later.add(compute)
+        return grad @ weight if ctx.needs_input_grad[0] else None, None, None, None
+
+
+def linear(
+    x: Float[Tensor, "*rows inputs"],
+    weight: Float[Tensor, "outputs inputs"],
+    bias: Float[Tensor, " outputs"] | None,
+    later: WeightGradients | None = None,
+) -> Float[Tensor, "*rows outputs"]:
+    """Return x W^T + b. With `later` a backward leaves the gradients of W and b there."""
+    if later is None:
+        return functional.linear(x, weight, bias)
+    out: Tensor = _Linear.apply(x, weight, bias, later)  # type: ignore[no-untyped-call]
+    return out
