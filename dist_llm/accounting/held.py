@@ -90,6 +90,6 @@ def rank_stages(model: ModelConfig, parallel: ParallelConfig, pipeline_index: in
     """Return the stages that pipeline rank `pipeline_index` holds, earliest first."""
     return [
         stage
-        for stage in plan_stages(model.num_layers, parallel.num_stages)
+        for stage in plan_stages(model, parallel.num_stages)
         if stage_rank(stage.index, parallel.pipeline, parallel.schedule) == pipeline_index
     ]

@@ -94,7 +94,7 @@ def sequence_splits_evenly(config: RunConfig, world_size: int | None) -> Iterato
 def stages_hold_layers(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
     """`parallel.pipeline` x `parallel.virtual_pipeline` is at most `model.num_layers`.
 
-    Every pipeline stage holds at least one layer; the counts may differ by one between stages.
+    Every pipeline stage holds at least one layer; those with the embedding and the head may hold fewer.
     """
     parallel, layers = config.parallel, config.model.num_layers
     if parallel.num_stages <= layers:

@@ -63,7 +63,7 @@ class NativeEngine:
         self.data_slice = DataSlice(mesh.dp.index, mesh.dp.size)
         self._context = ContextShare(mesh.cp.index, mesh.cp.size)
         model = splittable(config.model, config.run.seed)
-        stages = plan_stages(config.model.num_layers, config.parallel.num_stages)
+        stages = plan_stages(config.model, config.parallel.num_stages)
         self.stages = apply_layout(model, stages, config.parallel, self._formats, mesh)
         self.shards: list[LocalShard] = [shard for stage in self.stages for shard in stage.shards]
         self._tied = [shard for shard in self.shards if model.tied and shard.name == model.tied[0]]
