@@ -26,6 +26,14 @@ class Style(Enum):
     """Linear split over output features; input replicated, output split."""
     ROW = "row"
     """Linear split over input features; output is summed over tp (Megatron's g)."""
+    PARTIAL_ROW = "partial_row"
+    """Linear split over input features; its output stays partial until a LEAVE."""
+    LEAVE = "leave"
+    """A module whose input is partial; its output is summed over tp."""
+    EXPERT_COLUMN = "expert_column"
+    """Matrices of experts split over experts (ep) and output features."""
+    EXPERT_ROW = "expert_row"
+    """Matrices of experts split over experts (ep) and input features; the output stays partial until a LEAVE."""
     VOCAB = "vocab"
     """Embedding table split over the vocabulary; output is summed over tp."""
     HEAD = "head"
@@ -33,7 +41,7 @@ class Style(Enum):
     POSITION = "position"
     """Replicated table looked up by position; under sequence parallelism each rank keeps its slice of the output."""
     HEADWISE = "headwise"
-    """Replicated weight applied by each rank to its own heads (QK-norm): its gradient is partial over tp."""
+    """Replicated weight applied by each rank to its own part (QK-norm, router): its gradient is partial over tp."""
     TOKENWISE = "tokenwise"
     """Acts on each token alone (norms); under sequence parallelism its gradient is partial over tp."""
 
@@ -68,13 +76,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did; the same on every rank."""
+    """What one optimizer step did; the same on every rank. figures: more that a person watches, by name."""
 
     loss: float
     grad_norm: float
     lr: float
     tokens: int
     skipped: bool = False
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,10 @@ class LossSum:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One line of metrics.jsonl. `tokens` counts from the start of the run; mfu: fraction of dense peak, or None."""
+    """One line of metrics.jsonl, with `figures` as further values of it.
+
+    `tokens` counts from the start of the run; mfu: fraction of dense peak, or None.
+    """
 
     step: int
     tokens: int
@@ -99,6 +111,12 @@ class StepRecord:
     mfu: float | None
     memory_gib: float
     skipped: bool = False
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+    def values(self) -> dict[str, float | bool | None]:
+        """Return all of it by name."""
+        own = {name: value for name, value in vars(self).items() if name != "figures"}
+        return {**own, **self.figures}
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@
     step    = 3 * forward                                    (PaLM, Chowdhery et al. 2022, appendix B)
 
 The head's projection counts whether tied or not; the embedding look-up does not; vocabulary padding does not.
+Of experts those of the top k count.
 """
 
 from __future__ import annotations
@@ -12,10 +13,18 @@ from dist_llm.accounting.params import layer_parameters
 from dist_llm.config.model import ModelConfig
 
 
+def layer_matmul_parameters(model: ModelConfig, index: int) -> int:
+    """Return the number of weights of a layer that multiply every token; of its experts those of the top k."""
+    matrices = [spec for spec in layer_parameters(model, index) if len(spec.shape) >= 2]
+    chosen = sum(spec.numel for spec in matrices if spec.expert) * model.moe.top_k // max(1, model.moe.num_experts)
+    return chosen + sum(spec.numel for spec in matrices if not spec.expert)
+
+
 def matmul_parameters(model: ModelConfig) -> int:
     """Return the number of weights that multiply every token: the layers' matrices and the output projection."""
-    layer = sum(spec.numel for spec in layer_parameters(model, 0) if len(spec.shape) == 2)
-    return model.num_layers * layer + model.vocab_size * model.hidden_size
+    dense = min(model.moe.num_dense_layers, model.num_layers) if model.moe.num_experts else 0
+    first, last = layer_matmul_parameters(model, 0), layer_matmul_parameters(model, model.num_layers - 1)
+    return dense * first + (model.num_layers - dense) * last + model.vocab_size * model.hidden_size
 
 
 def causal_pairs(seq_len: int) -> int:

@@ -1,7 +1,7 @@
 """Which parameters a rank holds: by pipeline stage, by ZeRO unit, with the shape of its tp share.
 
-A unit is what ZeRO gathers and scatters in one collective: the embedding, a block, or the head; embedding and head
-are one when they are tied in one stage.
+A unit is what ZeRO gathers and scatters in one collective: the embedding, the experts of a block, the rest of a block,
+or the head; embedding and head are one when they are tied in one stage.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ class HeldTensor:
     """A parameter as one rank holds it before ZeRO: rows x row_numel elements.
 
     partial: its gradient is a partial sum over tp. late: a split backward gives its gradient in the second half.
+    expert: it is part of some experts, and its replicas are fewer.
     """
 
     name: str
@@ -28,6 +29,7 @@ class HeldTensor:
     row_numel: int
     partial: bool
     late: bool
+    expert: bool
 
     @property
     def numel(self) -> int:
@@ -50,7 +52,7 @@ Unit = tuple[HeldTensor, ...]
 def _partial(name: str, model: ModelConfig, sequence: bool) -> bool:
     """Return whether the gradient of a replicated parameter is partial over tp."""
     module, _, leaf = name.rpartition(".")
-    if module.endswith((".q_norm", ".k_norm")):
+    if module.endswith((".q_norm", ".k_norm", ".router")):
         return True
     replicated = module.endswith(("norm", "positions")) or (leaf == "bias" and module.endswith((".wo", ".down")))
     return sequence and replicated
@@ -59,7 +61,9 @@ def _partial(name: str, model: ModelConfig, sequence: bool) -> bool:
 def _late(name: str, parallel: ParallelConfig) -> bool:
     """Return whether it is the gradient of a linear; a bias that is added after a sum over tp is not part of one."""
     module, _, leaf = name.rpartition(".")
-    linear = module.rpartition(".")[2]
+    owner, _, linear = module.rpartition(".")
+    if owner.endswith(".experts"):
+        return False
     if linear in ("wo", "down"):
         return leaf == "weight" or parallel.tensor == 1
     return linear in ("wq", "wk", "wv", "gate", "up", "projection")
@@ -68,20 +72,25 @@ def _late(name: str, parallel: ParallelConfig) -> bool:
 def _unit(specs: list[ParamSpec], model: ModelConfig, parallel: ParallelConfig) -> Unit:
     held = []
     for spec in specs:
-        shape = spec.local_shape(parallel.tensor)
+        shape = spec.local_shape(parallel.tensor, parallel.expert)
         partial = parallel.tensor > 1 and _partial(spec.name, model, parallel.sequence)
-        held.append(HeldTensor(spec.name, shape[0], math.prod(shape[1:]), partial, _late(spec.name, parallel)))
+        late = _late(spec.name, parallel)
+        held.append(HeldTensor(spec.name, shape[0], math.prod(shape[1:]), partial, late, spec.expert))
     return tuple(held)
 
 
 def stage_units(model: ModelConfig, parallel: ParallelConfig, stage: StagePlan) -> list[Unit]:
     """Return the ZeRO units of a stage in forward order; the shared unit of a tied pair, the root, comes last."""
-    layers = [_unit(list(layer_parameters(model, index)), model, parallel) for index in stage.layers]
+    layers = [
+        _unit([spec for spec in layer_parameters(model, index) if spec.expert == experts], model, parallel)
+        for index in stage.layers
+        for experts in (True, False)
+    ]
     embed = list(embedding_parameters(model)) if stage.first else []
     head = list(head_parameters(model)) if stage.last else []
     if model.tie_embeddings and stage.first and stage.last:
         shared = [spec for spec in [*embed, *head] if spec.name != "head.projection.weight"]
-        return [*layers, _unit(shared, model, parallel)]
+        return [unit for unit in (*layers, _unit(shared, model, parallel)) if unit]
     units = [_unit(embed, model, parallel), *layers, _unit(head, model, parallel)]
     return [unit for unit in units if unit]
 

@@ -34,11 +34,35 @@ class StateBytes:
 
 @dataclass(frozen=True)
 class Place:
-    """One rank's place: on the pp axis, on the shard axis of ZeRO, and that axis's size."""
+    """One rank's place: on the pp axis, and on ZeRO's shard axes of experts and of all else, with the axes' sizes."""
 
     pipeline_index: int
     shard_index: int
     shards: int
+    expert_shard_index: int
+    expert_shards: int
+
+    def shards_of(self, tensor: HeldTensor) -> int:
+        """Return the number of ranks that share a tensor."""
+        return self.expert_shards if tensor.expert else self.shards
+
+    def shard_numel(self, tensor: HeldTensor) -> int:
+        """Return the elements that this rank allocates for a tensor."""
+        return tensor.padded_shard_numel(self.shards_of(tensor))
+
+    def real_numel(self, tensor: HeldTensor) -> int:
+        """Return the elements of a tensor that this rank updates."""
+        index = self.expert_shard_index if tensor.expert else self.shard_index
+        return tensor.shard_rows(self.shards_of(tensor), index) * tensor.row_numel
+
+
+def place_of(parallel: ParallelConfig, data: int, pipeline_index: int, zero_index: int) -> Place:
+    """Return the place of a rank by its index on pp and on dp x cp."""
+    if parallel.zero == 0:
+        return Place(pipeline_index, 0, 1, 0, 1)
+    shards = data * parallel.context // parallel.replicate
+    index = zero_index % shards
+    return Place(pipeline_index, index, shards, index // parallel.expert, shards // parallel.expert)
 
 
 @dataclass(frozen=True)
@@ -48,11 +72,6 @@ class StepBytes:
     last_forward: StateBytes
     before_update: StateBytes
     after_update: StateBytes
-
-
-def shard_count(parallel: ParallelConfig, data: int) -> int:
-    """Return the number of ranks that a parameter is sharded over: 1 for zero 0, else dp x cp / replicate."""
-    return 1 if parallel.zero == 0 else data * parallel.context // parallel.replicate
 
 
 @dataclass(frozen=True)
@@ -90,7 +109,7 @@ def _waiting_gradients(tensors: list[HeldTensor], done: BackwardsDone, in_shards
     """Return the elements of gradients that wait for later microbatches; in_shards: zero 2 and 3."""
     early = sum(tensor.numel for tensor in tensors if not tensor.late) if done.fresh else 0
     if in_shards:
-        return early + sum(tensor.padded_shard_numel(place.shards) for tensor in tensors if done.weights)
+        return early + sum(place.shard_numel(tensor) for tensor in tensors if done.weights)
     return sum(tensor.numel for tensor in tensors) if done.weights else early
 
 
@@ -103,9 +122,10 @@ def step_bytes(
     stages = rank_stages(model, parallel, place.pipeline_index)
     by_stage = [[tensor for unit in stage_units(model, parallel, stage) for tensor in unit] for stage in stages]
     tensors = [tensor for held in by_stage for tensor in held]
-    shards = sum(tensor.padded_shard_numel(place.shards) for tensor in tensors)
-    real = sum(tensor.shard_rows(place.shards, place.shard_index) * tensor.row_numel for tensor in tensors)
-    gathered = shards * place.shards if fsdp and parallel.zero < 3 else 0
+    shards = sum(place.shard_numel(tensor) for tensor in tensors)
+    real = sum(place.real_numel(tensor) for tensor in tensors)
+    whole = sum(place.shard_numel(tensor) * place.shards_of(tensor) for tensor in tensors)
+    gathered = whole if fsdp and parallel.zero < 3 else 0
     backwards = backwards_at_last_forward(parallel, place.pipeline_index, microbatches)
     waiting = sum(
         _waiting_gradients(held, done, fsdp and parallel.zero >= 2, place)

@@ -17,25 +17,31 @@ VOCAB_ALIGNMENT = 8
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One logical parameter; split_dim is the dim split over tp, None when every tp rank holds it whole."""
+    """One logical parameter; split_dim is the dim split over tp, None when every tp rank holds it whole.
+
+    expert: the matrices of all experts of a layer; dim 0 is split over ep.
+    """
 
     name: str
     shape: tuple[int, ...]
     split_dim: int | None = None
     vocabulary: bool = False
+    expert: bool = False
 
     @property
     def numel(self) -> int:
         """Number of elements, padding not counted."""
         return math.prod(self.shape)
 
-    def local_shape(self, tensor: int) -> tuple[int, ...]:
-        """Return the shape on one of `tensor` tp ranks, vocabulary padding included."""
+    def local_shape(self, tensor: int, expert: int = 1) -> tuple[int, ...]:
+        """Return the shape on one of `tensor` tp ranks and `expert` ep ranks, vocabulary padding included."""
         shape = list(self.shape)
         if self.vocabulary:
             shape[0] = padded_vocab(shape[0], tensor)
         if self.split_dim is not None:
             shape[self.split_dim] //= tensor
+        if self.expert:
+            shape[0] //= expert
         return tuple(shape)
 
 
@@ -64,6 +70,23 @@ def embedding_parameters(model: ModelConfig) -> Iterator[ParamSpec]:
         yield ParamSpec("embed.positions.weight", (model.max_seq_len, model.hidden_size))
 
 
+def _mlp(model: ModelConfig, name: str, inner: int, bias: bool) -> Iterator[ParamSpec]:
+    if model.activation == "swiglu":
+        yield from _linear(f"{name}.gate", inner, model.hidden_size, 0, bias)
+    yield from _linear(f"{name}.up", inner, model.hidden_size, 0, bias)
+    yield from _linear(f"{name}.down", model.hidden_size, inner, 1, bias)
+
+
+def _moe(model: ModelConfig, name: str) -> Iterator[ParamSpec]:
+    experts, width, inner = model.moe.num_experts, model.hidden_size, model.expert_width
+    yield ParamSpec(f"{name}.router.weight", (experts, width))
+    for part in ("gate", "up") if model.activation == "swiglu" else ("up",):
+        yield ParamSpec(f"{name}.experts.{part}.weight", (experts, inner, width), 1, expert=True)
+    yield ParamSpec(f"{name}.experts.down.weight", (experts, width, inner), 2, expert=True)
+    if model.moe.num_shared:
+        yield from _mlp(model, f"{name}.shared", model.moe.num_shared * inner, bias=False)
+
+
 def layer_parameters(model: ModelConfig, index: int) -> Iterator[ParamSpec]:
     """Yield the parameters of one block, in the order in which the module holds them."""
     prefix, width, head, bias = f"layers.{index}", model.hidden_size, model.head_width, model.bias
@@ -74,10 +97,10 @@ def layer_parameters(model: ModelConfig, index: int) -> Iterator[ParamSpec]:
     if model.qk_norm:
         yield ParamSpec(f"{prefix}.attention.q_norm.weight", (head,))
         yield ParamSpec(f"{prefix}.attention.k_norm.weight", (head,))
-    if model.activation == "swiglu":
-        yield from _linear(f"{prefix}.mlp.gate", model.ffn_hidden_size, width, 0, bias)
-    yield from _linear(f"{prefix}.mlp.up", model.ffn_hidden_size, width, 0, bias)
-    yield from _linear(f"{prefix}.mlp.down", width, model.ffn_hidden_size, 1, bias)
+    if model.has_experts(index):
+        yield from _moe(model, f"{prefix}.mlp")
+    else:
+        yield from _mlp(model, f"{prefix}.mlp", model.ffn_hidden_size, bias)
     yield from _norm(model, f"{prefix}.attention_norm")
     yield from _norm(model, f"{prefix}.mlp_norm")
 

@@ -2,6 +2,8 @@
 
     cost of a stage = weights that multiply each token: of its layers, of the head, of one row of the embedding
 
+Layers count alike: where some have experts and some have none, the mean.
+
 A layer goes to the stage that is cheapest so far, of equals the last: early stages hold more microbatches in flight.
 Llama 3 405B (126 layers, 16 stages) gets 8 a stage but 7 in the first and the last, as Dubey et al. 2024 have it.
 """
@@ -11,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate
 
-from dist_llm.accounting.params import layer_parameters
+from dist_llm.accounting.flops import matmul_parameters
 from dist_llm.config.model import ModelConfig
 
 
@@ -36,10 +38,11 @@ class StagePlan:
 
 def plan_stages(model: ModelConfig, count: int) -> list[StagePlan]:
     """Return `count` stages in order, each with a layer at least; schedules.stage_rank says where each runs."""
-    layer = sum(spec.numel for spec in layer_parameters(model, 0) if len(spec.shape) == 2)
+    head = model.vocab_size * model.hidden_size
+    layer = (matmul_parameters(model) - head) // model.num_layers
     costs = [layer] * count
     costs[0] += model.hidden_size
-    costs[-1] += model.vocab_size * model.hidden_size
+    costs[-1] += head
     sizes = [1] * count
     for _ in range(model.num_layers - count):
         cheapest = min(range(count), key=lambda index: (costs[index], -index))

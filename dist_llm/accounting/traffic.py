@@ -1,11 +1,12 @@
 """Collectives that a rank of the native engine issues in one step, by axis and kind: counts and payload bytes.
 
 Payload of a collective is the larger of its two buffers: the tensor of an all-reduce, the output of an all-gather, the
-input of a reduce-scatter, the tensor of a send. An axis of size 1 issues nothing. h = microbatch x T x D x C bytes.
+input of a reduce-scatter or an all-to-all, the tensor of a send. h = microbatch x T x D x C bytes.
 
     tp    a layer: 4 all-reduces of h, or under sequence parallelism 4 all-gathers and 4 reduce-scatters of h
     zero  by stage and unit, see parallel/zero.py          pp    h (h / tp) forward and back between stages
-    cp    a layer: sends of keys and values, or all-to-alls, see parallel/context.py; T is a context rank's share
+    cp    a layer: see parallel/context.py; T is a context rank's share
+    ep    a layer of experts: see parallel/expert.py; a rank's bytes depend on the tokens, their mean over ep is this
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from dist_llm.accounting.held import rank_stages, stage_units
+from dist_llm.accounting.held import HeldTensor, rank_stages, stage_units
 from dist_llm.accounting.memory import FORMAT_BYTES, Place
 from dist_llm.accounting.params import padded_vocab
 from dist_llm.accounting.schedules import crosses
@@ -73,6 +74,10 @@ class Shapes:
         """Bytes of the hidden states of one microbatch, a context rank's share of the sequence."""
         return self.tokens * self.model.hidden_size * FORMAT_BYTES[self.precision.compute]
 
+    def replicas(self, tensor: HeldTensor) -> int:
+        """Return how many ranks of dp x cp hold a tensor, or a shard of it."""
+        return self.data_ranks * self.parallel.context // (self.parallel.expert if tensor.expert else 1)
+
     @property
     def tokens(self) -> int:
         """Tokens of one microbatch that a context rank holds."""
@@ -115,20 +120,35 @@ def _add_context(ledger: _Ledger, shapes: Shapes, stage: StagePlan) -> None:
         ledger.add("cp", "all_to_all", forwards + calls, query * compute)
 
 
+def _add_expert(ledger: _Ledger, shapes: Shapes, stage: StagePlan) -> None:
+    """Enter what layers of experts exchange over ep, see parallel/expert.py, and count over cp for the balance loss."""
+    parallel, model = shapes.parallel, shapes.model
+    calls = shapes.microbatches * sum(model.has_experts(layer) for layer in stage.layers)
+    forwards = calls * (2 if parallel.recompute == "full" else 1)
+    rows = shapes.tokens * model.moe.top_k * model.hidden_size * FORMAT_BYTES[shapes.precision.compute]
+    if parallel.expert > 1:
+        ledger.add("ep", "all_to_all", forwards, model.moe.num_experts * 8)
+        ledger.add("ep", "all_to_all", 2 * (forwards + calls), rows)
+    if parallel.context > 1 and model.moe.balance_loss:
+        ledger.add("cp", "all_reduce", forwards, shapes.data.microbatch * model.moe.num_experts * 8)
+
+
 def _add_zero(ledger: _Ledger, shapes: Shapes, stage: StagePlan) -> None:
     """Enter FSDP2's collectives of a stage's units over the shard and replicate axes."""
-    zero, shards, count = shapes.parallel.zero, shapes.place.shards, shapes.microbatches
-    replicas = shapes.data_ranks * shapes.parallel.context // shards
+    zero, count = shapes.parallel.zero, shapes.microbatches
     gathers = 2 * count if zero == 3 else 1
     reduces = count if zero >= 2 else 1
     compute = FORMAT_BYTES[shapes.precision.compute]
     for unit in stage_units(shapes.model, shapes.parallel, stage):
-        padded = sum(tensor.padded_shard_numel(shards) for tensor in unit)
+        prefix = "expert_" if unit[0].expert and shapes.parallel.expert > 1 else ""
+        shards = shapes.place.shards_of(unit[0])
+        replicas = shapes.replicas(unit[0]) // shards
+        padded = sum(shapes.place.shard_numel(tensor) for tensor in unit)
         if shards > 1:
-            ledger.add("shard", "all_gather", gathers, padded * shards * compute)
-            ledger.add("shard", "reduce_scatter", reduces, padded * shards * shapes.master_bytes)
+            ledger.add(f"{prefix}shard", "all_gather", gathers, padded * shards * compute)
+            ledger.add(f"{prefix}shard", "reduce_scatter", reduces, padded * shards * shapes.master_bytes)
         if replicas > 1:
-            ledger.add("replicate", "all_reduce", 1, padded * shapes.master_bytes)
+            ledger.add(f"{prefix}replicate", "all_reduce", 1, padded * shapes.master_bytes)
 
 
 def _bucket_payloads(sizes: list[int], bucket_bytes: int) -> list[int]:
@@ -145,11 +165,13 @@ def _add_finish(ledger: _Ledger, shapes: Shapes, stages: list[StagePlan], fsdp: 
     """Enter what completes the gradients after the last backward, and the totals over the world."""
     parallel, place = shapes.parallel, shapes.place
     tensors = [t for stage in stages for unit in stage_units(shapes.model, parallel, stage) for t in unit]
-    local = {id(t): t.shard_rows(place.shards, place.shard_index) * t.row_numel * shapes.master_bytes for t in tensors}
+    local = {id(t): place.real_numel(t) * shapes.master_bytes for t in tensors}
     bucket = parallel.bucket_mib << 20
-    if not fsdp and shapes.data_ranks * parallel.context > 1:
-        for payload in _bucket_payloads([local[id(t)] for t in tensors], bucket):
-            ledger.add("zero", "all_reduce", 1, payload)
+    for axis, experts in (("zero", False), ("expert_zero" if parallel.expert > 1 else "zero", True)):
+        alike = [t for t in tensors if t.expert == experts]
+        if not fsdp and alike and shapes.replicas(alike[0]) > 1:
+            for payload in _bucket_payloads([local[id(t)] for t in alike], bucket):
+                ledger.add(axis, "all_reduce", 1, payload)
     if parallel.tensor > 1:
         for payload in _bucket_payloads([local[id(t)] for t in tensors if t.partial], bucket):
             ledger.add("tp", "all_reduce", 1, payload)
@@ -158,7 +180,10 @@ def _add_finish(ledger: _Ledger, shapes: Shapes, stages: list[StagePlan], fsdp: 
         chunk = -(-rows // place.shards)
         mine = max(0, min(rows, (place.shard_index + 1) * chunk) - place.shard_index * chunk)
         ledger.add("ends", "all_reduce", 1, mine * shapes.model.hidden_size * shapes.master_bytes)
-    ledger.add("world", "all_reduce", 1, 3 * 8)
+    routers = sum(shapes.model.has_experts(layer) for stage in stages for layer in stage.layers)
+    if routers and shapes.data_ranks * parallel.context > 1:
+        ledger.add("zero", "all_reduce", 1, routers * shapes.model.moe.num_experts * 8)
+    ledger.add("world", "all_reduce", 1, (7 if shapes.model.moe.num_experts else 3) * 8)
 
 
 def _edges(stage: StagePlan) -> list[int]:
@@ -178,6 +203,7 @@ def step_traffic(shapes: Shapes) -> Traffic:
             _add_tensor(ledger, shapes, stage)
         if parallel.context > 1:
             _add_context(ledger, shapes, stage)
+        _add_expert(ledger, shapes, stage)
         if fsdp:
             _add_zero(ledger, shapes, stage)
         if parallel.pipeline > 1:

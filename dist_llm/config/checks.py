@@ -45,6 +45,15 @@ def rotary_heads_are_even(config: RunConfig, world_size: int | None) -> Iterator
         yield Broken("model.num_heads", words, divisors(model.hidden_size))
 
 
+@reads("model.moe.top_k", "model.moe.num_experts")
+def choices_fit_experts(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """`model.moe.top_k` is at most `model.moe.num_experts`."""
+    moe = config.model.moe
+    if moe.num_experts and moe.top_k > moe.num_experts:
+        near = tuple(range(1, min(moe.num_experts, 64) + 1))
+        yield Broken("model.moe.top_k", f"must not exceed model.moe.num_experts={moe.num_experts}", near)
+
+
 @reads("model.max_seq_len", "data.seq_len")
 def sequence_fits_positions(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
     """`data.seq_len` is at most `model.max_seq_len`."""
@@ -152,6 +161,7 @@ SECTION_RULES: tuple[Rule, ...] = (
     heads_divide_hidden,
     kv_heads_divide_heads,
     rotary_heads_are_even,
+    choices_fit_experts,
     sequence_fits_positions,
     scaling_needs_rope,
     factor_needs_scaling,

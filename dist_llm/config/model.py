@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from dist_llm.config.base import Count, Section
+from dist_llm.config.base import Count, CountOrZero, Section
 
 
 class RopeConfig(Section):
@@ -30,6 +30,35 @@ class RopeConfig(Section):
     """YaRN's alpha (Peng et al. 2023): frequencies of fewer turns are divided by factor; up to beta_fast, a blend."""
     attention_factor: float | None = Field(None, gt=0)
     """What YaRN multiplies rotated queries and keys by (Peng et al. 2023); null: 0.1 ln(factor) + 1."""
+
+
+class MoEConfig(Section):
+    """Experts in place of feed-forward layers: a router sends each token to a few (Shazeer et al. 2017)."""
+
+    num_experts: CountOrZero = 0
+    """Experts of each such layer; 0: no layer has any, and the rest of this section is not read."""
+    top_k: Count = 2
+    """Experts that a token goes to."""
+    ffn_hidden_size: Count | None = None
+    """Inner width of an expert, in elements; null: model.ffn_hidden_size."""
+    num_shared: CountOrZero = 0
+    """Experts that every token goes to beside those, as one layer of so many times the width (Dai et al. 2024)."""
+    num_dense_layers: CountOrZero = 0
+    """First layers that keep a feed-forward layer of model.ffn_hidden_size."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """How the router's logits become weights: softmax over all experts, or sigmoid of each (DeepSeek-V3 2024)."""
+    normalize: bool = True
+    """Whether the weights of a token's experts are divided by their sum."""
+    scale: float = Field(1.0, gt=0)
+    """What the weights are then multiplied by."""
+    balance_loss: float = Field(0.0, ge=0)
+    """Coefficient of the load-balance loss, by sequence (Fedus et al. 2021)."""
+    z_loss: float = Field(0.0, ge=0)
+    """Coefficient of the router's z loss (Zoph et al. 2022)."""
+    bias_rate: float = Field(0.0, ge=0)
+    """How far a step moves the bias by which experts are chosen, towards equal loads (Wang et al. 2024); 0: never."""
+    capacity_factor: float | None = Field(None, gt=0)
+    """Rows that an expert takes, over the mean; what is beyond is dropped, and layouts then differ. null: dropless."""
 
 
 class ModelConfig(Section):
@@ -71,6 +100,8 @@ class ModelConfig(Section):
     """RMSNorm over each head of queries and keys, before rotation (Qwen3, Yang et al. 2025)."""
     tie_embeddings: bool
     """Whether the output projection is the token embedding itself (Press & Wolf 2017)."""
+    moe: MoEConfig = MoEConfig()
+    """Experts in place of feed-forward layers; none by default."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Probability that an element of the embeddings, or of what a half of a block adds, is dropped in training."""
     attention_dropout: float = Field(0.0, ge=0, lt=1)
@@ -82,6 +113,15 @@ class ModelConfig(Section):
     def kv_heads(self) -> int:
         """Number of key and value heads (num_heads when not grouped)."""
         return self.num_kv_heads if self.num_kv_heads is not None else self.num_heads
+
+    @property
+    def expert_width(self) -> int:
+        """Inner width of one expert in elements."""
+        return self.moe.ffn_hidden_size if self.moe.ffn_hidden_size is not None else self.ffn_hidden_size
+
+    def has_experts(self, layer: int) -> bool:
+        """Return whether a layer has experts."""
+        return self.moe.num_experts > 0 and layer >= self.moe.num_dense_layers
 
     @property
     def head_width(self) -> int:

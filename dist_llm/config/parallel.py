@@ -33,7 +33,7 @@ class ParallelConfig(Section):
     context_method: Literal["ring", "ulysses"] = "ring"
     """Attention over context ranks: ring (Liu et al. 2023), ulysses (Jacobs et al. 2023); no effect at `context: 1`."""
     expert: Count = 1
-    """Ranks that split the experts of a mixture; this version takes 1 only."""
+    """Ranks that split the experts of a mixture; they are ranks of data x context, not more of them."""
     data: Count | None = None
     """Ranks that split the global batch; null: all ranks / (tensor x pipeline x context)."""
     replicate: Count = 1

@@ -195,11 +195,33 @@ def context_without_attention_dropout(config: RunConfig, world_size: int | None)
         yield Broken("model.attention_dropout", "must be 0 with parallel.context above 1", (0.0,))
 
 
-@reads("parallel.expert")
-def expert_is_built(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
-    """`parallel.expert` is 1: expert parallelism comes later."""
-    if config.parallel.expert > 1:
-        yield Broken("parallel.expert", LATER, (1,))
+@reads("parallel.expert", "model.moe.num_experts")
+def expert_divides_experts(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """`parallel.expert` divides `model.moe.num_experts`: each of its ranks holds whole experts, equally many."""
+    ranks, experts = config.parallel.expert, config.model.moe.num_experts
+    if ranks > 1 and (experts == 0 or experts % ranks):
+        words = f"must divide model.moe.num_experts={experts}" if experts else "must be 1 without model.moe.num_experts"
+        yield Broken("parallel.expert", words, divisors(experts) if experts else (1,))
+
+
+@reads(*_DATA_KEYS, "parallel.expert", "parallel.replicate", "parallel.zero")
+def expert_divides_shards(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """`parallel.expert` divides data x context / replicate: its ranks are neighbours there, not more of them."""
+    parallel, data = config.parallel, data_ranks(config, world_size)
+    if data is None or data % parallel.replicate:
+        return
+    shards = data * parallel.context // parallel.replicate
+    if shards % parallel.expert:
+        words = f"must divide the {shards} ranks of data x context" + " / replicate" * (parallel.replicate > 1)
+        yield Broken("parallel.expert", words, divisors(shards))
+
+
+@reads("parallel.tensor", "model.moe.num_experts", "model.moe.ffn_hidden_size")
+def tensor_divides_experts(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """`parallel.tensor` divides `model.moe.ffn_hidden_size`: each tensor rank holds a slice of every expert."""
+    width = config.model.moe.ffn_hidden_size
+    if config.model.moe.num_experts and width is not None and width % config.parallel.tensor:
+        yield Broken("parallel.tensor", f"must divide model.moe.ffn_hidden_size={width}", divisors(width))
 
 
 @reads("parallel.recompute")
@@ -271,7 +293,9 @@ LAYOUT_RULES: tuple[Rule, ...] = (
     microbatches_fill_rounds,
     context_divides_heads,
     context_without_attention_dropout,
-    expert_is_built,
+    expert_divides_experts,
+    expert_divides_shards,
+    tensor_divides_experts,
     recompute_is_built,
     replicas_need_shards,
     replicas_divide_data,

@@ -8,8 +8,9 @@ from torch import nn
 
 from dist_llm.accounting.stages import StagePlan
 from dist_llm.config.model import ModelConfig
+from dist_llm.models.moe import MoE
 from dist_llm.models.plan import SHARD_PLAN, TIED_PAIR, plan_init
-from dist_llm.models.transformer import Transformer, build_model
+from dist_llm.models.transformer import Block, Transformer, build_model
 from dist_llm.parallel.apply import SplittableModel
 from dist_llm.parallel.materialise import fill_normal
 from dist_llm.parallel.shards import LocalShard
@@ -23,6 +24,10 @@ def _units(module: nn.Module) -> list[nn.Module]:
     blocks = list(model.layers.values())
     first, last = ends or [None, None]
     return [unit for unit in (first, *blocks, last) if unit is not None]
+
+
+def _layers(module: nn.Module) -> list[Block]:
+    return [cast(Block, layer) for layer in cast(Transformer, module).layers.values()]
 
 
 def splittable(config: ModelConfig, seed: int) -> SplittableModel:
@@ -42,7 +47,8 @@ def splittable(config: ModelConfig, seed: int) -> SplittableModel:
 
     return SplittableModel(
         build=build,
-        blocks=lambda module: list(cast(Transformer, module).layers.values()),
+        experts=lambda module: [layer.mlp.experts for layer in _layers(module) if isinstance(layer.mlp, MoE)],
+        blocks=lambda module: list(_layers(module)),
         units=_units,
         tie=lambda module: cast(Transformer, module).tie_weights(),
         plan=SHARD_PLAN,

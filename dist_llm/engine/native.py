@@ -22,6 +22,7 @@ from dist_llm.accounting.stages import plan_stages
 from dist_llm.config.run import RunConfig
 from dist_llm.engine.loss_scale import LossScale
 from dist_llm.engine.model import splittable
+from dist_llm.engine.routing import Routing
 from dist_llm.ops.context_share import ContextShare
 from dist_llm.optim.adamw import AdamW
 from dist_llm.optim.schedule import learning_rate
@@ -40,12 +41,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 
 @dataclass(frozen=True)
 class Totals:
-    """What a step summed over all ranks: true mean loss, counted tokens, true gradient norm."""
+    """What a step summed over all ranks: true mean loss, counted tokens, true gradient norm, and other sums."""
 
     loss: float
     tokens: int
     grad_norm: float
     divisor: float
+    others: tuple[float, ...]
 
 
 class NativeEngine:
@@ -70,6 +72,7 @@ class NativeEngine:
         decays = [len(shard.shape) >= 2 for shard in self.shards]
         self.optimizer = AdamW([shard.tensor for shard in self.shards], decays, config.optimizer)
         self._runner = self._build_runner(self.stages)
+        self._routing = Routing([stage.part.model for stage in self.stages], config.model.moe, mesh)
         self._step = 0
 
     @property
@@ -100,25 +103,30 @@ class NativeEngine:
     def train_step(self, batch: Batch) -> StepResult:
         """Update the weights by one global batch; `batch` is this rank's share of it.
 
-        Issues what the layout needs (tp, pp and zero axes), then one all-reduce of three numbers over the world.
+        Issues what the layout needs (tp, pp, cp, ep and zero axes), then one all-reduce of few numbers over the world.
         A step whose gradient is not finite changes nothing, on every rank alike.
         """
         for shard in self.shards:
             shard.parameter.grad = None
+        self._routing.begin(self.loss_unit)
         batch = self._on_device(batch)
         loss = self._runner.forward_backward(batch)
         self._finish_gradients()
+        self._routing.gather()
         self.observe("before_update")
-        totals = self._totals(loss, batch, primary_square_sum(self.shards, self._mesh.device))
+        norm_part = primary_square_sum(self.shards, self._mesh.device)
+        totals = self._totals(loss, batch, norm_part, self._routing.sums(self._mesh.device))
         lr = learning_rate(self._step, self._config.optimizer.lr, self._config.schedule, self._config.run.steps)
         finite = math.isfinite(totals.grad_norm) and math.isfinite(totals.loss)
         if finite:
             divisor = torch.tensor(totals.divisor, dtype=torch.float64)
             self.optimizer.step([shard.gradient() for shard in self.shards], lr, divisor)
+            self._routing.move_biases()
         self.observe("after_update")
         self._scale.update(finite, dynamic=self._formats.compute == torch.float16)
         self._step += 1
-        return StepResult(totals.loss, totals.grad_norm, lr, totals.tokens, skipped=not finite)
+        figures = self._routing.figures(totals.others, totals.tokens)
+        return StepResult(totals.loss, totals.grad_norm, lr, totals.tokens, skipped=not finite, figures=figures)
 
     def eval_step(self, batch: Batch) -> LossSum:
         """Return the loss sum of one global batch. Issues the forward's collectives and one over the world."""
@@ -130,7 +138,8 @@ class NativeEngine:
         finally:
             for stage in self.stages:
                 stage.part.model.train()
-        totals = self._totals(loss, batch, torch.zeros((), dtype=torch.float64, device=self._mesh.device))
+        nothing = torch.zeros(1, dtype=torch.float64, device=self._mesh.device)
+        totals = self._totals(loss, batch, nothing[0], nothing[:0])
         return LossSum(totals.loss * totals.tokens, totals.tokens)
 
     def _on_device(self, batch: Batch) -> Batch:
@@ -152,7 +161,8 @@ class NativeEngine:
         """
         mesh, bucket = self._mesh, self._config.parallel.bucket_mib << 20
         if not needs_fsdp(mesh, self._formats.compute, self._formats.master):
-            reduce_in_buckets(self._gradients(self.shards), mesh.zero, bucket)
+            reduce_in_buckets(self._gradients(s for s in self.shards if not s.expert), mesh.zero, bucket)
+            reduce_in_buckets(self._gradients(s for s in self.shards if s.expert), mesh.expert.zero, bucket)
         if mesh.tp.size > 1:
             reduce_in_buckets(self._gradients(s for s in self.shards if s.partial), mesh.tp, bucket)
         if mesh.ends is not None:
@@ -166,18 +176,25 @@ class NativeEngine:
         grads = [shard.gradient() for shard in shards]
         return [grad for grad in grads if grad is not None]
 
-    def _totals(self, loss: Float[Tensor, ""], batch: Batch, square_sum: Float64[Tensor, ""]) -> Totals:
-        """Sum loss, counted tokens and squared norm over the world. One all-reduce of three float64."""
+    def _totals(
+        self,
+        loss: Float[Tensor, ""],
+        batch: Batch,
+        square_sum: Float64[Tensor, ""],
+        more: Float64[Tensor, " sums"],
+    ) -> Totals:
+        """Sum loss, counted tokens, squared norm and `more` over the world. One all-reduce of float64."""
         counts = self._mesh.tp.index == 0 and any(stage.part.index == stage.part.count - 1 for stage in self.stages)
         tokens = (batch.targets != IGNORE_INDEX).sum() if counts else torch.zeros((), device=self._mesh.device)
-        local = torch.stack([(loss if counts else loss * 0).double(), tokens.double(), square_sum])
+        first = torch.stack([(loss if counts else loss * 0).double(), tokens.double(), square_sum])
+        local = torch.cat((first, more))
         dist.all_reduce(local, group=self._mesh.world.group)
-        loss_sum, counted, squares = local.tolist()
+        loss_sum, counted, squares, *others = local.tolist()
         unit = counted * self.loss_unit if counted else 1.0
         norm = math.sqrt(squares) / unit if math.isfinite(squares) else squares
         clip = self._config.optimizer.clip_norm
         coefficient = min(1.0, clip / (norm + 1e-6)) if clip > 0 and math.isfinite(norm) else 1.0
-        return Totals(loss_sum / unit, int(counted), norm, unit / coefficient)
+        return Totals(loss_sum / unit, int(counted), norm, unit / coefficient, tuple(others))
 
     def state(self) -> TrainState:
         """Return model and optimizer rectangles by logical name, and the facts that are not tensors."""
@@ -187,6 +204,7 @@ class NativeEngine:
             for kind, tensor in parts.items():
                 view = shard.inside(tensor)
                 tensors.append(TensorShard(f"{kind}.{shard.name}", shard.shape, shard.offsets, view, shard.primary))
+        tensors.extend(self._routing.state())
         facts: dict[str, object] = {
             "step": self._step,
             "optimizer_updates": self.optimizer.num_updates,

@@ -36,7 +36,7 @@ def load_model(run_dir: Path) -> Transformer:
     model = Transformer(config.model).to(torch.float64 if config.precision.master == "fp64" else torch.float32)
     shards = tuple(
         TensorShard(f"model.{name}", tuple(value.shape), (0,) * value.dim(), value.detach(), True)
-        for name, value in model.named_parameters()
+        for name, value in (*model.named_parameters(), *model.named_buffers())
     )
     load(path, TrainState(shards), partial=True)
     return model.float().eval()

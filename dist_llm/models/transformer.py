@@ -17,6 +17,7 @@ from dist_llm.config.model import ModelConfig
 from dist_llm.models.attention import Attend, Attention, CausalAttention
 from dist_llm.models.dropout import Dropout
 from dist_llm.models.mlp import MLP
+from dist_llm.models.moe import MoE, Tally
 from dist_llm.models.norm import build_norm
 from dist_llm.models.rope import RopeTable
 from dist_llm.ops.context_share import ContextShare
@@ -61,10 +62,10 @@ class Embedding(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each with its norm, dropout and residual."""
 
-    def __init__(self, config: ModelConfig, seed: int, index: int, rope: RopeTable | None) -> None:
+    def __init__(self, config: ModelConfig, seed: int, index: int, rope: RopeTable | None, tally: Tally) -> None:
         super().__init__()
         self.attention = Attention(config, rope)
-        self.mlp = MLP(config)
+        self.mlp = MoE(config, index, tally) if config.has_experts(index) else MLP(config)
         self.attention_norm = build_norm(config, config.hidden_size)
         self.mlp_norm = build_norm(config, config.hidden_size)
         self.attention_dropout = Dropout(config.dropout, seed, f"layers.{index}.attention")
@@ -108,8 +109,11 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         rope = RopeTable(config) if config.position == "rope" else None
+        self.tally = Tally()
         self.embed: Embedding | None = Embedding(config, seed)
-        self.layers = nn.ModuleDict({str(i): Block(config, seed, i, rope) for i in range(config.num_layers)})
+        self.layers = nn.ModuleDict(
+            {str(i): Block(config, seed, i, rope, self.tally) for i in range(config.num_layers)}
+        )
         self.head: Head | None = Head(config)
         self.attend: Attend = CausalAttention()
         self.tie_weights()

@@ -17,6 +17,7 @@ from dist_llm.accounting.schedules import stage_rank
 from dist_llm.accounting.stages import StagePlan
 from dist_llm.config.parallel import ParallelConfig
 from dist_llm.parallel.context import apply_context
+from dist_llm.parallel.expert import apply_expert
 from dist_llm.parallel.pipeline import StageModule
 from dist_llm.parallel.recompute import apply_recompute
 from dist_llm.parallel.shards import LocalShard, list_shards
@@ -31,12 +32,14 @@ from dist_llm.types import ShardPlan
 class SplittableModel:
     """What splitting needs to know of a model family; models and this layer are strangers.
 
-    build: the meta module of a stage. blocks: its repeated parts; units: the ZeRO units, in forward order.
+    build: the meta module of a stage. blocks: its repeated parts; units: the ZeRO units, in forward order; experts: the
+    units inside them whose replicas are those of the expert axes.
     tie: shares a tied weight whose two ends are both in the module. tied: (logical name, name of the copy) or None.
     initialise: fills one shard with its starting values.
     """
 
     build: Callable[[StagePlan], nn.Module]
+    experts: Callable[[nn.Module], list[nn.Module]]
     blocks: Callable[[nn.Module], list[nn.Module]]
     units: Callable[[nn.Module], list[nn.Module]]
     tie: Callable[[nn.Module], None]
@@ -76,7 +79,8 @@ def _split_stage(
     model: SplittableModel, stage: StagePlan, parallel: ParallelConfig, formats: Formats, mesh: Mesh
 ) -> SplitStage:
     module = model.build(stage).to(formats.master)
-    table = apply_tensor(module, model.plan, mesh.tp, parallel.sequence)
+    table = apply_tensor(module, model.plan, mesh.tp, mesh.expert.ep.size, parallel.sequence)
+    apply_expert(module, mesh.expert.ep)
     apply_context(module, mesh.cp, parallel.context_method)
     later = apply_split_backward(module) if parallel.splits_backward else None
     if parallel.recompute == "full":
@@ -85,8 +89,10 @@ def _split_stage(
         policy = MixedPrecisionPolicy(
             param_dtype=formats.compute, reduce_dtype=formats.master, output_dtype=formats.compute
         )
-        apply_zero(module, model.units(module), mesh, parallel.zero, policy)
+        apply_zero(module, model.units(module), model.experts(module), mesh, parallel.zero, policy)
     module.to_empty(device=mesh.device)
+    for buffer in module.buffers():
+        buffer.zero_()
     model.tie(module)
     shards = tuple(list_shards(module, table, mesh, model.tied))
     for shard in shards:

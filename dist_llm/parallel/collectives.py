@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from torch import Tensor
 
 from dist_llm.runtime.mesh import Axis
@@ -24,7 +24,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def all_reduce_sum(x: Float[Tensor, "*shape"], axis: Axis) -> Float[Tensor, "*shape"]:
+def all_reduce_sum(x: Num[Tensor, "*shape"], axis: Axis) -> Num[Tensor, "*shape"]:
     """Return the sum of x over the axis, in a new tensor. Issues one all-reduce."""
     out = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(out, group=axis.group)

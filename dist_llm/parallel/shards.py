@@ -23,7 +23,7 @@ class LocalShard:
     """A parameter as this rank stores it.
 
     tensor: the local storage, padding rows included. offsets: where its first element lies in the logical tensor.
-    shape, partial: the logical tensor's. extent: how much of each dim of `tensor` lies inside the logical shape.
+    shape, partial, expert: the logical tensor's. extent: how much of each dim of `tensor` lies inside its shape.
     primary: this rank is the one among its replicas that is counted and saved.
     """
 
@@ -35,6 +35,7 @@ class LocalShard:
     extent: tuple[int, ...]
     primary: bool
     partial: bool
+    expert: bool
 
     def inside(self, tensor: Tensor) -> Tensor:
         """Return the view of a tensor of this shard's local shape that lies inside the logical shape."""
@@ -53,9 +54,12 @@ def _offsets(logical: LogicalTensor, whole: torch.Size, rows: int, sharded: bool
     offsets = [0] * len(whole)
     if logical.split_dim is not None:
         offsets[logical.split_dim] = mesh.tp.index * whole[logical.split_dim]
+    if logical.expert:
+        offsets[0] += mesh.expert.ep.index * whole[0]
     if sharded:
-        chunk = -(-whole[0] // mesh.shard.size)
-        offsets[0] += min(mesh.shard.index * chunk, whole[0])
+        shard = mesh.expert.shard if logical.expert else mesh.shard
+        chunk = -(-whole[0] // shard.size)
+        offsets[0] += min(shard.index * chunk, whole[0])
     return offsets
 
 
@@ -67,10 +71,12 @@ def _local_shard(name: str, parameter: nn.Parameter, logical: LogicalTensor, mes
     extent = [
         max(0, min(size, limit - at)) for size, limit, at in zip(local.shape, logical.shape, offsets, strict=True)
     ]
-    replica = mesh.replicate.index if sharded else mesh.zero.index
+    replicas = (mesh.expert.replicate, mesh.expert.zero) if logical.expert else (mesh.replicate, mesh.zero)
+    replica = replicas[0].index if sharded else replicas[1].index
     primary = replica == 0 and (logical.split_dim is not None or mesh.tp.index == 0) and not copy
     clipped = tuple(min(at, limit) for at, limit in zip(offsets, logical.shape, strict=True))
-    return LocalShard(name, parameter, local, logical.shape, clipped, tuple(extent), primary, logical.partial)
+    facts = (primary, logical.partial, logical.expert)
+    return LocalShard(name, parameter, local, logical.shape, clipped, tuple(extent), *facts)
 
 
 def list_shards(model: nn.Module, table: ShardTable, mesh: Mesh, tied: tuple[str, str] | None) -> Iterator[LocalShard]:

@@ -27,11 +27,15 @@ from dist_llm.types import ShardPlan, Style
 
 @dataclass(frozen=True)
 class LogicalTensor:
-    """A parameter as the checkpoint knows it: global shape, dim split over tp, whether its gradient is partial."""
+    """A parameter as the checkpoint knows it: global shape, dim split over tp, whether its gradient is partial over tp.
+
+    expert: dim 0 is split over ep, and replicas are those of the expert axes.
+    """
 
     shape: tuple[int, ...]
     split_dim: int | None = None
     partial: bool = False
+    expert: bool = False
 
 
 ShardTable = Mapping[str, LogicalTensor]
@@ -50,6 +54,17 @@ class RowParallelLinear(nn.Linear):
         out = leave_region(linear(x, self.weight, None, self.later), self.axis, self.sequence)
         bias: Tensor | None = self.bias
         return out if bias is None else out + bias
+
+
+class Leave(nn.Identity):
+    """The end of a tensor-parallel region whose output is still partial."""
+
+    axis: Axis
+    sequence: bool
+
+    def forward(self, x: Float[Tensor, "batch seq width"]) -> Float[Tensor, "batch _ width"]:
+        """Sum x over tp (seq or seq/tp tokens come back). One all-reduce, or reduce-scatter, over tp."""
+        return leave_region(x, self.axis, self.sequence)
 
 
 class VocabParallelEmbedding(nn.Embedding):
@@ -107,14 +122,22 @@ def _slice_hook(axis: Axis) -> Any:
     return keep_part
 
 
-def _apply_style(module: nn.Module, style: Style, axis: Axis, sequence: bool) -> None:
+def _apply_style(module: nn.Module, style: Style, axis: Axis, expert: int, sequence: bool) -> None:
     if style in (Style.VOCAB, Style.HEAD):
         rows = module.get_parameter("weight").shape[0]
         _shrink(module, 0, axis.size, padded_vocab(rows, axis.size))
+    if style in (Style.EXPERT_COLUMN, Style.EXPERT_ROW):
+        _shrink(module, 0, expert)
     if axis.size == 1:
         return
     if style is Style.COLUMN:
         _shrink(module, 0, axis.size)
+    elif style in (Style.PARTIAL_ROW, Style.EXPERT_COLUMN):
+        _shrink(module, 1, axis.size)
+    elif style is Style.EXPERT_ROW:
+        _shrink(module, 2, axis.size)
+    elif style is Style.LEAVE:
+        _become(module, Leave, axis, sequence)
     elif style is Style.ROW:
         _shrink(module, 1, axis.size)
         _become(module, RowParallelLinear, axis, sequence)
@@ -131,14 +154,16 @@ def _logical(name: str, shape: torch.Size, style: Style | None, sequence: bool) 
     bias = name.endswith(".bias")
     if style in (Style.COLUMN, Style.VOCAB, Style.HEAD):
         return LogicalTensor(tuple(shape), 0)
-    if style is Style.ROW and not bias:
+    if style in (Style.EXPERT_COLUMN, Style.EXPERT_ROW):
+        return LogicalTensor(tuple(shape), 1 if style is Style.EXPERT_COLUMN else 2, expert=True)
+    if style in (Style.ROW, Style.PARTIAL_ROW) and not bias:
         return LogicalTensor(tuple(shape), 1)
     between = style in (Style.TOKENWISE, Style.POSITION, Style.ROW)
     return LogicalTensor(tuple(shape), None, partial=style is Style.HEADWISE or (between and sequence))
 
 
-def apply_tensor(model: nn.Module, plan: ShardPlan, axis: Axis, sequence: bool) -> ShardTable:
-    """Split the meta model in place over tp by its plan and return the table of its logical tensors.
+def apply_tensor(model: nn.Module, plan: ShardPlan, axis: Axis, expert: int, sequence: bool) -> ShardTable:
+    """Split the meta model in place over tp, and its experts over `expert` ranks; return its logical tensors.
 
     Issues nothing now; the split model issues per REGION one all-reduce (or all-gather and reduce-scatter) each way.
     """
@@ -153,7 +178,7 @@ def apply_tensor(model: nn.Module, plan: ShardPlan, axis: Axis, sequence: bool) 
         if style is None:
             continue
         whole = getattr(module, "weight", None)
-        _apply_style(module, style, axis, sequence)
+        _apply_style(module, style, axis, expert, sequence)
         if whole is not None and id(whole) in tied:
             module.weight = tied[id(whole)].weight
         elif whole is not None:

@@ -28,14 +28,21 @@ def needs_fsdp(mesh: Mesh, compute: torch.dtype, master: torch.dtype) -> bool:
 
 
 def apply_zero(
-    model: nn.Module, units: Iterable[nn.Module], mesh: Mesh, stage: int, policy: MixedPrecisionPolicy
+    model: nn.Module,
+    units: Iterable[nn.Module],
+    experts: Iterable[nn.Module],
+    mesh: Mesh,
+    stage: int,
+    policy: MixedPrecisionPolicy,
 ) -> None:
-    """Shard each unit, then what is left as the root, in place. Gradients are summed, never averaged.
+    """Shard experts, then each unit, then what is left as the root, in place. Gradients are summed, never averaged.
 
     Issues nothing now. With more than one forward in flight (pipelines) the implicit backward prefetch of FSDP2 would
     gather units of another microbatch in vain, so each unit prefetches the one before it and the first none.
     """
     listed = list(units)
+    for module in experts:
+        fully_shard(module, mesh=mesh.expert.zero_mesh, reshard_after_forward=stage == 3, mp_policy=policy)
     for module in [*listed, model]:
         fully_shard(module, mesh=mesh.zero_mesh, reshard_after_forward=stage == 3, mp_policy=policy)
     for module in model.modules():

@@ -2,6 +2,7 @@
 
 rank = ((pp * DP + dp) * CP + cp) * TP + tp
 zero     dp x cp folded into one axis: replicas of a parameter; replicate x shard is the same axis cut in two (HSDP)
+ep       neighbours on zero, each with a part of the experts; what is left of zero are the replicas of an expert
 ends     first and last pipeline rank at equal (dp, cp, tp): the two copies of a tied embedding; none where a
          schedule in a V puts first and last stage on one rank
 """
@@ -30,6 +31,20 @@ class Axis:
 
 
 @dataclass(frozen=True)
+class ExpertAxes:
+    """The axes of experts: ep, and the replicas of an expert as Mesh has them for other weights.
+
+    Where ep has one rank they are the same, and its own group is used for nothing.
+    """
+
+    ep: Axis
+    zero: Axis
+    replicate: Axis
+    shard: Axis
+    zero_mesh: DeviceMesh
+
+
+@dataclass(frozen=True)
 class Mesh:
     """All axes of the run as seen from this rank, passed down explicitly."""
 
@@ -44,6 +59,7 @@ class Mesh:
     world: Axis
     ends: Axis | None
     zero_mesh: DeviceMesh
+    expert: ExpertAxes
 
 
 def _axis(mesh: DeviceMesh, name: str) -> Axis:
@@ -70,6 +86,31 @@ def build_control_group(timeout_seconds: float) -> dist.ProcessGroup:
     return group
 
 
+def _expert_meshes(parallel: ParallelConfig, replicas: int, device: torch.device) -> list[DeviceMesh]:
+    """Create the meshes that cut ep out of zero: one with its replicas cut in two, one with them whole."""
+    if parallel.expert == 1:
+        return []
+    copies = replicas // parallel.expert
+    replicate = copies if parallel.zero == 0 else parallel.replicate
+    shape = (parallel.pipeline, replicate, copies // replicate, parallel.expert, parallel.tensor)
+    names = ("expert_pp", "expert_replicate", "expert_shard", "ep", "expert_tp")
+    cut = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    whole = (parallel.pipeline, copies, parallel.expert, parallel.tensor)
+    names = ("whole_pp", "expert_zero", "whole_ep", "whole_tp")  # type: ignore[assignment]
+    return [cut, init_device_mesh(device.type, whole, mesh_dim_names=names)]
+
+
+def _expert_axes(meshes: list[DeviceMesh], without: ExpertAxes) -> ExpertAxes:
+    """Return the axes of the meshes, or those without expert parallelism where there are none."""
+    if not meshes:
+        return without
+    cut, whole = meshes
+    names = ("expert_replicate", "expert_shard")
+    zero_mesh = cut[names] if cut.size(1) > 1 else cut["expert_shard"]
+    replicate, shard = (_axis(cut, name) for name in names)
+    return ExpertAxes(_axis(cut, "ep"), _axis(whole, "expert_zero"), replicate, shard, zero_mesh)
+
+
 def build_mesh(parallel: ParallelConfig, device: torch.device, timeout_seconds: float = 600.0) -> Mesh:
     """Create the process groups of the layout.
 
@@ -89,20 +130,25 @@ def build_mesh(parallel: ParallelConfig, device: torch.device, timeout_seconds: 
     whole = init_device_mesh(
         device.type, (parallel.pipeline, replicas, parallel.tensor), mesh_dim_names=("p", "zero", "t")
     )
-    for folding in (mesh, folded, whole):
+    experts = _expert_meshes(parallel, replicas, device)
+    for folding in (mesh, folded, whole, *experts):
         for group in folding.get_all_groups():
             # DeviceMesh has no timeout of its own; torch's defaults are 30 minutes (gloo) and 10 (NCCL).
             _set_pg_timeout(timeout, group)
+    zero_mesh = folded["replicate", "shard"] if replicate > 1 else folded["shard"]
+    zero, replicated, sharded = _axis(whole, "zero"), _axis(folded, "replicate"), _axis(folded, "shard")
+    tp = _axis(mesh, "tp")
     return Mesh(
         device=device,
         pp=_axis(mesh, "pp"),
         dp=_axis(mesh, "dp"),
         cp=_axis(mesh, "cp"),
-        tp=_axis(mesh, "tp"),
-        zero=_axis(whole, "zero"),
-        replicate=_axis(folded, "replicate"),
-        shard=_axis(folded, "shard"),
+        tp=tp,
+        zero=zero,
+        replicate=replicated,
+        shard=sharded,
         world=Axis("world", dist.group.WORLD, dist.get_rank(), world),  # type: ignore[arg-type]
         ends=None if parallel.schedule in V_SCHEDULES else _ends_axis(torch.arange(world).view(shape), timeout),
-        zero_mesh=folded["replicate", "shard"] if replicate > 1 else folded["shard"],
+        zero_mesh=zero_mesh,
+        expert=_expert_axes(experts, ExpertAxes(Axis("ep", tp.group, 0, 1), zero, replicated, sharded, zero_mesh)),
     )

@@ -56,4 +56,5 @@ class Meter:
             mfu=None if self._peak_flops is None else self._flops_per_token * rate / self._peak_flops,
             memory_gib=self._memory_gib(),
             skipped=result.skipped,
+            figures=result.figures,
         )

@@ -12,7 +12,7 @@ import math
 import os
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -61,7 +61,7 @@ class RunFiles:
 
     def record(self, record: StepRecord) -> None:
         """Append one step to metrics.jsonl; the line is with the operating system when this returns."""
-        self._files[METRICS_FILE].append(asdict(record))
+        self._files[METRICS_FILE].append(record.values())
 
     def event(self, kind: EventKind, step: int, reason: str, **facts: object) -> None:
         """Append what happened, when and why to events.jsonl, durably. A `stop` carries the exit code as `code`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 from dist_llm.types import StepRecord
@@ -30,8 +29,8 @@ class TensorBoard:
 
     def __call__(self, record: StepRecord) -> None:
         """Write one step; a value that is not known (mfu without a peak) is left out."""
-        values = asdict(record)
-        for field, tag in _SCALARS.items():
+        values = record.values()
+        for field, tag in {**_SCALARS, **{name: f"router/{name}" for name in record.figures}}.items():
             if values[field] is not None:
                 self._writer.add_scalar(tag, values[field], record.step)
 

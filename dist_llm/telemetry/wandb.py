@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ class WandB:
 
     def __call__(self, record: StepRecord) -> None:
         """Log one step; a value that is not known is left out."""
-        values = {key: value for key, value in asdict(record).items() if value is not None and key != "step"}
+        values = {key: value for key, value in record.values().items() if value is not None and key != "step"}
         self._run.log(values, step=record.step)
 
     def close(self) -> None:

@@ -45,6 +45,8 @@ MOST_RANKS = 16
 
 _DEFAULTS = ParallelConfig().model_dump()
 
+_ROUTING = {"balance_loss": 0.01, "z_loss": 0.001, "bias_rate": 0.001}
+
 CASES: tuple[Case, ...] = (
     _case("as-given", 2, 1, data=2, zero=0),
     _case("as-given", 2, 4, tensor=2, zero=0),
@@ -79,8 +81,17 @@ CASES: tuple[Case, ...] = (
     _case("gpt2", 4, 4, context=2, context_method="ulysses", pipeline=2, zero=1),
     _case("gpt2", 8, 4, context=2, context_method="ulysses", tensor=2, sequence=True, data=2, zero=2),
     _case("gpt2-untied", 4, 1, tensor=2, data=2, zero=3),
+    _case("experts", 2, 4, tensor=2, sequence=True),
+    _case("experts", 2, 4, data=2, expert=2, zero=0),
+    _case("experts", 4, 1, data=4, expert=2, zero=2),
+    _case("experts", 4, 4, context=2, data=2, expert=4, zero=1),
+    _case("experts", 8, 4, expert=2, tensor=2, sequence=True, pipeline=2, data=2, zero=3, recompute="full"),
+    _case("experts", 8, 4, expert=4, context=2, pipeline=2, schedule="zbv", data=2, zero=2),
 )
-"""At least one case for each axis, schedule, ZeRO stage, family, tying and accumulation, and mixes up to 8 ranks."""
+"""At least one case for each axis, schedule, ZeRO stage, family, tying and accumulation, and mixes up to 8 ranks.
+
+Dense models and layers of experts (dropless).
+"""
 
 
 def variant_model(model: ModelConfig, variant: str) -> ModelConfig:
@@ -90,6 +101,8 @@ def variant_model(model: ModelConfig, variant: str) -> ModelConfig:
         changes["vocab_size"] = model.vocab_size + 1 + model.vocab_size % 2
     if variant in ("untied", "gpt2-untied"):
         changes["tie_embeddings"] = False
+    if variant == "experts":
+        changes["moe"] = {"num_experts": 4, "top_k": 2, "num_shared": 1, "num_dense_layers": 1, **_ROUTING}
     if variant in ("gpt2", "gpt2-untied"):
         changes.update(family="gpt2", position="learned", norm="layernorm", activation="gelu", bias=True)
         changes.update(num_kv_heads=None, qk_norm=False, dropout=0.1, tie_embeddings=variant == "gpt2")

@@ -26,7 +26,9 @@ class Ledger(TorchDispatchMode):
 
     def __init__(self, mesh: Mesh) -> None:
         super().__init__()
+        expert = mesh.expert
         axes = [mesh.world, mesh.pp, mesh.cp, mesh.tp, mesh.zero, mesh.replicate, mesh.shard]
+        axes += [expert.ep, expert.zero, expert.replicate, expert.shard] if expert.ep.size > 1 else []
         if mesh.ends is not None:
             axes.append(mesh.ends)
         self._names: dict[str, str] = {}
@@ -57,4 +59,6 @@ class Ledger(TorchDispatchMode):
         ]
         key = (self._names.get(group.group_name, group.group_name), KINDS.get(name, name))
         self.counts[key] += 1
-        self.bytes[key] += max((tensor.nbytes for tensor in tensors), default=0)
+        # Of an all-to-all the input, which comes last.
+        sizes = [tensor.nbytes for tensor in tensors]
+        self.bytes[key] += sizes[-1] if key[1] == "all_to_all" else max(sizes, default=0)

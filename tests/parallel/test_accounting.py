@@ -6,19 +6,13 @@ from typing import Any
 
 import pytest
 
-from dist_llm.accounting.memory import Place, StateBytes, StepBytes, shard_count, step_bytes
+from dist_llm.accounting.memory import StateBytes, StepBytes, place_of, step_bytes
 from dist_llm.accounting.traffic import Shapes, step_traffic
 from dist_llm.config.run import RunConfig
 from dist_llm.parallel.live import gradient_bytes, parameter_bytes, storage_bytes
 from dist_llm.runtime.pool import WorkerPool
 from tests.parallel.ledger import Ledger
-from tests.parallel.tiny import GPT2, build, random_batch, tiny_config
-
-
-def _place(engine: Any, config: RunConfig) -> Place:
-    mesh = engine._mesh
-    shards = shard_count(config.parallel, mesh.dp.size)
-    return Place(mesh.pp.index, mesh.shard.index if shards > 1 else 0, shards)
+from tests.parallel.tiny import GPT2, MOE, SIGMOID_MOE, build, random_batch, tiny_config
 
 
 def measured_and_formula(config: RunConfig) -> dict[str, tuple[object, object]]:
@@ -39,7 +33,7 @@ def measured_and_formula(config: RunConfig) -> dict[str, tuple[object, object]]:
     with Ledger(engine._mesh) as ledger:
         engine.train_step(random_batch(config, engine.data_slice, 1))
     mesh = engine._mesh
-    place = _place(engine, config)
+    place = place_of(config.parallel, mesh.dp.size, mesh.pp.index, mesh.zero.index)
     microbatches = config.data.global_batch // (mesh.dp.size * config.data.microbatch)
     formula = step_bytes(config.model, config.parallel, config.precision, place, microbatches)
     traffic = step_traffic(Shapes(config.model, config.parallel, config.precision, config.data, place, mesh.dp.size))
@@ -51,10 +45,15 @@ def measured_and_formula(config: RunConfig) -> dict[str, tuple[object, object]]:
     }
 
 
-def _assert_equal(reports: list[dict[str, tuple[object, object]]]) -> None:
+def _assert_equal(reports: list[dict[str, Any]], dropless: bool = False) -> None:
+    """dropless: what each rank sends to experts depends on the tokens; over all ranks it does not."""
+    sent = [0, 0]
     for rank, report in enumerate(reports):
+        for side, payload in enumerate(report["payload bytes"] if dropless else ()):
+            sent[side] += sum(payload.pop(key) for key in list(payload) if key[1] == "all_to_all")
         for what, (measured, formula) in report.items():
             assert measured == formula, f"{what} of rank {rank}"
+    assert sent[0] == sent[1]
 
 
 MEMORY_CASES = [
@@ -113,6 +112,29 @@ def test_more_layouts_equal_the_formulas(
     pool: WorkerPool, ranks: int, parallel: dict[str, object], model: dict[str, object]
 ) -> None:
     _assert_equal(pool.run(measured_and_formula, tiny_config(parallel, model), world=ranks))
+
+
+EXPERT_TRAFFIC = [
+    *(
+        (ranks, {"expert": expert, "zero": zero}, model, "fp32")
+        for zero in (0, 1, 2, 3)
+        for ranks, expert, model in ((2, 1, MOE), (4, 2, MOE), (4, 4, SIGMOID_MOE))
+    ),
+    (4, {"expert": 2, "zero": 2, "replicate": 2}, MOE, "fp32"),
+    (4, {"expert": 2, "tensor": 2, "sequence": True}, MOE, "fp32"),
+    (4, {"expert": 4, "context": 2}, MOE, "fp32"),
+    (4, {"expert": 2, "pipeline": 2, "zero": 3}, MOE, "bf16"),
+    (8, {"expert": 2, "pipeline": 2, "tensor": 2, "zero": 3, "recompute": "full"}, MOE, "fp32"),
+    (8, {"expert": 2, "pipeline": 2, "schedule": "zbv", "context": 2, "zero": 2}, MOE, "bf16"),
+]
+
+
+@pytest.mark.parametrize(("ranks", "parallel", "model", "precision"), EXPERT_TRAFFIC, ids=str)
+def test_experts_equal_the_formulas(
+    pool: WorkerPool, ranks: int, parallel: dict[str, object], model: dict[str, object], precision: str
+) -> None:
+    config = tiny_config(parallel, model, precision={"name": precision})
+    _assert_equal(pool.run(measured_and_formula, config, world=ranks), dropless=True)
 
 
 def test_zero_stages_differ(pool: WorkerPool) -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-import torch
-import torch.distributed as dist
 
 from dist_llm.config.run import RunConfig
 from dist_llm.runtime.pool import WorkerPool
-from tests.parallel.tiny import GPT2, build, curve, largest_gap, random_batch, tiny_config
+from tests.parallel.faults import FAULTS, Fault, broken_curve
+from tests.parallel.tiny import GPT2, MOE, SIGMOID_MOE, build, curve, largest_gap, random_batch, tiny_config
 from tests.tolerances import FP64_FEW_STEPS, LOW_PRECISION_LOSS, VISIBLE, VISIBLE_MASK
 
 UNTIED: dict[str, object] = {"tie_embeddings": False, "qk_norm": True}
@@ -39,6 +36,17 @@ LAYOUTS: list[tuple[int, dict[str, object]]] = [
     (4, {"context": 2, "data": 2, "context_method": "ulysses", "zero": 2}),
     (8, {"context": 2, "tensor": 2, "sequence": True, "pipeline": 2, "zero": 1}),
 ]
+EXPERT_LAYOUTS: list[tuple[int, dict[str, object]]] = [
+    (2, {"tensor": 2, "sequence": True}),
+    (2, {"expert": 2, "zero": 0}),
+    (4, {"expert": 2, "zero": 2}),
+    (4, {"expert": 4, "zero": 3}),
+    (4, {"expert": 2, "zero": 2, "replicate": 2}),
+    (4, {"expert": 4, "context": 2}),
+    (8, {"expert": 2, "tensor": 2, "sequence": True, "pipeline": 2, "zero": 3, "recompute": "full"}),
+    (8, {"expert": 2, "context": 2, "pipeline": 2, "schedule": "zbv", "zero": 2}),
+    (4, {"expert": 2, "pipeline": 2, "schedule": "dualpipev", "zero": 3}),
+]
 FP64: dict[str, object] = {"name": "fp64"}
 
 
@@ -51,6 +59,16 @@ def test_layouts_agree_in_fp64(pool: WorkerPool, name: str) -> None:
     gaps = {}
     for ranks, parallel in LAYOUTS:
         for rank, ours in enumerate(pool.run(curve, config(parallel), world=ranks)):
+            gaps[f"{parallel} rank {rank}"] = largest_gap(ours, one)
+    assert max(gaps.values()) <= FP64_FEW_STEPS, {at: gap for at, gap in gaps.items() if gap > FP64_FEW_STEPS}
+
+
+@pytest.mark.parametrize("model", [MOE, SIGMOID_MOE], ids=["softmax", "sigmoid"])
+def test_experts_agree_in_fp64(pool: WorkerPool, model: dict[str, object]) -> None:
+    one = pool.run(curve, tiny_config({}, model, precision=FP64), world=1)[0]
+    gaps = {}
+    for ranks, parallel in EXPERT_LAYOUTS:
+        for rank, ours in enumerate(pool.run(curve, tiny_config(parallel, model, precision=FP64), world=ranks)):
             gaps[f"{parallel} rank {rank}"] = largest_gap(ours, one)
     assert max(gaps.values()) <= FP64_FEW_STEPS, {at: gap for at, gap in gaps.items() if gap > FP64_FEW_STEPS}
 
@@ -77,52 +95,11 @@ def test_low_precision_is_close_and_learns(pool: WorkerPool, name: str) -> None:
     assert all(abs(a[0] - b[0]) < LOW_PRECISION_LOSS for a, b in zip(low, one, strict=True))
 
 
-def broken_curve(config: RunConfig, fault: str) -> list[tuple[float, float]]:
-    """Train with one deliberate fault in this rank's collectives."""
-    import dist_llm.engine.native as native
-    import dist_llm.parallel.collectives as collectives
-    import dist_llm.parallel.grad_norm as grad_norm
-
-    saved = (collectives.all_reduce_sum, native.reduce_in_buckets, dist.all_reduce, native.primary_square_sum)
-    try:
-        if fault == "tp all-reduce dropped":
-            collectives.all_reduce_sum = lambda x, axis: x.clone()
-        elif fault == "gradient all-reduce dropped":
-            native.reduce_in_buckets = lambda grads, axis, size: list(grads) and None  # type: ignore[assignment]
-        elif fault == "gradient scaled by ranks":
-
-            def averaged(grads: Any, axis: Any, size: int) -> None:
-                kept = list(grads)
-                saved[1](kept, axis, size)
-                for grad in kept:
-                    grad.div_(axis.size)
-
-            native.reduce_in_buckets = averaged
-        elif fault == "norm counts replicas":
-            native.primary_square_sum = lambda shards, device: sum(  # type: ignore[assignment]
-                (s.gradient().double().square().sum() for s in shards if s.gradient() is not None),
-                torch.zeros(()).double(),
-            )
-        return curve(config)
-    finally:
-        collectives.all_reduce_sum, native.reduce_in_buckets, dist.all_reduce, native.primary_square_sum = saved
-        assert grad_norm.primary_square_sum is saved[3]
-
-
-@pytest.mark.parametrize(
-    ("fault", "parallel"),
-    [
-        ("tp all-reduce dropped", {"tensor": 2, "zero": 0}),
-        ("gradient all-reduce dropped", {"zero": 0}),
-        ("gradient all-reduce dropped", {"tensor": 2, "sequence": True}),
-        ("gradient all-reduce dropped", {"pipeline": 2}),
-        ("gradient scaled by ranks", {"zero": 0}),
-        ("norm counts replicas", {"tensor": 2}),
-    ],
-)
-def test_a_broken_collective_is_found(pool: WorkerPool, fault: str, parallel: dict[str, object]) -> None:
-    one = pool.run(curve, tiny_config(precision=FP64), world=1)[0]
-    broken = pool.run(broken_curve, tiny_config(parallel, precision=FP64), fault, world=2)[0]
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.name} {fault.parallel}")
+def test_a_fault_is_found(pool: WorkerPool, fault: Fault) -> None:
+    one = pool.run(curve, tiny_config({}, fault.model, precision=FP64), world=1)[0]
+    config = tiny_config(fault.parallel, fault.model, precision=FP64)
+    broken = pool.run(broken_curve, config, fault.name, world=fault.ranks)[0]
     assert largest_gap(broken, one) > VISIBLE
 
 

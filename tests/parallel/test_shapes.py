@@ -10,7 +10,7 @@ import torch
 
 from dist_llm.ops.rms_norm import rms_norm
 from dist_llm.runtime.pool import WorkerPool
-from tests.parallel.tiny import GPT2, curve, tiny_config
+from tests.parallel.tiny import GPT2, MOE, curve, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,12 @@ def test_a_wrong_shape_is_refused_here_and_on_a_rank(checked: WorkerPool) -> Non
 def test_a_wrong_dtype_is_refused() -> None:
     with pytest.raises(jaxtyping.TypeCheckError):
         rms_norm(torch.zeros(2, 3, dtype=torch.int64), torch.ones(3), 1e-6)
+
+
+def test_shapes_of_experts_and_context_hold(checked: WorkerPool) -> None:
+    for method in ("ring", "ulysses"):
+        parallel = {"context": 2, "context_method": method, "expert": 4, "zero": 1}
+        assert len(checked.run(curve, tiny_config(parallel, MOE), 1, world=4)) == 4
 
 
 @pytest.mark.parametrize("model", [{}, GPT2], ids=["llama", "gpt2"])

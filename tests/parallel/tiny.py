@@ -37,6 +37,21 @@ GPT2: dict[str, object] = {
     "bias": True,
     "dropout": 0.1,
 }
+MOE: dict[str, object] = {
+    "moe": {
+        "num_experts": 4,
+        "top_k": 2,
+        "ffn_hidden_size": 24,
+        "num_shared": 1,
+        "num_dense_layers": 1,
+        "balance_loss": 0.05,
+        "z_loss": 0.01,
+        "bias_rate": 0.01,
+    }
+}
+SIGMOID_MOE: dict[str, object] = {
+    "moe": {"num_experts": 8, "top_k": 3, "score": "sigmoid", "bias_rate": 0.05, "scale": 2.0}
+}
 Curve = list[tuple[float, float]]
 """(loss, gradient norm) of every step."""
 PEAKS = {"fp32": 1.0, "bf16": 1.0, "fp16": 1.0, "fp64": 1.0}

@@ -40,7 +40,7 @@ BAD: list[tuple[str | list[str], list[str]]] = [
     ("parallel=tp2pp2dp2", ["ranks=1 must be 8 = parallel.data=2 x parallel.pipeline=2 x parallel.tensor=2; use 8"]),
     ("experiment=quickstart", ["ranks=1 must be a multiple of 4", "dist-llm launch experiment=quickstart"]),
     ("parallel.context=2", ["ranks=1 must be a multiple of parallel.context=2; use 2, 4, 8 or 16"]),
-    ("parallel.expert=2", ["parallel.expert=2 is not part of this version; use 1"]),
+    ("parallel.expert=2", ["parallel.expert=2 must be 1 without model.moe.num_experts; use 1"]),
     ("parallel.recompute=selective", ["parallel.recompute=selective is not part of this version; use none or full"]),
     ("parallel.zero=4", ["parallel.zero=4 is not one of its choices; use 0, 1, 2 or 3"]),
     ("parallel.zero=3 parallel.replicate=2", ["parallel.replicate=2 must divide the data axis of 1 ranks; use 1"]),

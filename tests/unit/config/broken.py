@@ -140,7 +140,36 @@ BROKEN: list[tuple[str, dict[str, object], int | None, str]] = [
         None,
         "model.attention_dropout=0.1 must be 0 with parallel.context above 1; use 0.0",
     ),
-    ("expert_is_built", {"parallel__expert": 2}, None, "parallel.expert=2 is not part of this version; use 1"),
+    (
+        "expert_divides_experts",
+        {"parallel__expert": 2},
+        None,
+        "parallel.expert=2 must be 1 without model.moe.num_experts; use 1",
+    ),
+    (
+        "expert_divides_experts",
+        {"parallel__expert": 4, "model__moe__num_experts": 6},
+        4,
+        "parallel.expert=4 must divide model.moe.num_experts=6; use 1 or 2",
+    ),
+    (
+        "expert_divides_shards",
+        {"parallel__expert": 4, "model__moe__num_experts": 8},
+        2,
+        "parallel.expert=4 must divide the 2 ranks of data x context; use 1 or 2",
+    ),
+    (
+        "tensor_divides_experts",
+        {"parallel__tensor": 2, "model__moe__num_experts": 4, "model__moe__ffn_hidden_size": 9},
+        2,
+        "parallel.tensor=2 must divide model.moe.ffn_hidden_size=9; use 1",
+    ),
+    (
+        "choices_fit_experts",
+        {"model__moe__num_experts": 2, "model__moe__top_k": 3},
+        None,
+        "model.moe.top_k=3 must not exceed model.moe.num_experts=2; use 1 or 2",
+    ),
     (
         "recompute_is_built",
         {"parallel__recompute": "selective"},

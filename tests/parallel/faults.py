@@ -1,0 +1,154 @@
+"""Deliberate faults in what ranks tell each other, each as a patch of the running code, and where they must show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from dist_llm.config.run import RunConfig
+from dist_llm.engine import native, routing
+from dist_llm.engine.routing import Routing
+from dist_llm.ops import linear
+from dist_llm.ops.context_share import ContextShare
+from dist_llm.parallel import collectives, context, zero
+from dist_llm.parallel.expert import ExpertDispatch
+from tests.parallel.tiny import MOE, Curve, curve
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault on a layout of `ranks` ranks of a model."""
+
+    name: str
+    ranks: int
+    parallel: dict[str, object]
+    model: dict[str, object] = field(default_factory=dict)
+
+
+FAULTS = (
+    Fault("tp all-reduce dropped", 2, {"tensor": 2, "zero": 0}),
+    Fault("gradient all-reduce dropped", 2, {"zero": 0}),
+    Fault("gradient all-reduce dropped", 2, {"tensor": 2, "sequence": True}),
+    Fault("gradient all-reduce dropped", 2, {"pipeline": 2}),
+    Fault("gradient scaled by ranks", 2, {"zero": 0}),
+    Fault("ZeRO averages gradients", 2, {"zero": 1}),
+    Fault("norm counts replicas", 2, {"tensor": 2}),
+    Fault("tied copies drift apart", 2, {"pipeline": 2, "schedule": "zbv"}),
+    Fault("second half of a backward run twice", 2, {"pipeline": 2, "schedule": "zero_bubble"}),
+    Fault("ring merges without weights", 2, {"context": 2}),
+    Fault("chunks of the sequence swapped", 2, {"context": 2}),
+    Fault("ulysses mixes up positions", 2, {"context": 2, "context_method": "ulysses"}),
+    Fault("rows come back to other tokens", 2, {"expert": 2}, MOE),
+    Fault("expert gradients not summed", 4, {"expert": 2, "zero": 0}, MOE),
+    Fault("balance loss sees a part of the sequence", 2, {"context": 2}, MOE),
+    Fault("router losses counted by every tp rank", 2, {"tensor": 2}, MOE),
+    Fault("bias moved by one rank's counts", 2, {"zero": 0}, MOE),
+)
+
+
+def _dropped(grads: Any, axis: Any, size: int) -> None:
+    list(grads)
+
+
+def _twice(parameter: Tensor, gradient: Tensor) -> None:
+    parameter.grad = 2 * gradient if parameter.grad is None else parameter.grad.add_(2 * gradient)
+
+
+def _natural(attention: Any, part: int, device: torch.device) -> Tensor:
+    return torch.arange(attention._axis.size * part)
+
+
+def _averaged(grads: Any, axis: Any, size: int) -> None:
+    kept = list(grads)
+    zero.reduce_in_buckets(kept, axis, size)
+    for grad in kept:
+        grad.div_(axis.size)
+
+
+def _but_experts(grads: Any, axis: Any, size: int) -> None:
+    if axis.name != "expert_zero":
+        zero.reduce_in_buckets(grads, axis, size)
+
+
+def _every_square(shards: Any, device: torch.device) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    for shard in shards:
+        total += shard.gradient().double().square().sum()
+    return total
+
+
+def _unweighted(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
+    return (out + more) / 2, torch.logaddexp(lse, more_lse)
+
+
+def _in_order(share: ContextShare, num_tokens: int, device: torch.device) -> Tensor:
+    return torch.arange(share.rank * num_tokens, (share.rank + 1) * num_tokens)
+
+
+def _backwards(dispatch: Callable[..., Any]) -> Callable[..., Any]:
+    def call(self: ExpertDispatch, x: Tensor, counts: Tensor) -> Any:
+        there, counts_there, back = dispatch(self, x, counts)
+        return there, counts_there, lambda out: back(out.flip(0))
+
+    return call
+
+
+def _share_of_all(begin: Callable[..., None]) -> Callable[..., None]:
+    def call(self: Routing, unit: float) -> None:
+        begin(self, unit)
+        for tally in self._tallies:
+            tally.share = 1.0
+
+    return call
+
+
+PATCHES: dict[str, Callable[[], list[Any]]] = {
+    "tp all-reduce dropped": lambda: [patch.object(collectives, "all_reduce_sum", lambda x, axis: x.clone())],
+    "gradient all-reduce dropped": lambda: [
+        patch.object(native, "reduce_in_buckets", lambda g, a, s: list(g) and None)
+    ],
+    "gradient scaled by ranks": lambda: [patch.object(native, "reduce_in_buckets", _averaged)],
+    "ZeRO averages gradients": lambda: [
+        patch.object(zero.FSDPModule, "set_gradient_divide_factor", lambda module, factor: None),
+        patch.object(zero.FSDPModule, "set_force_sum_reduction_for_comms", lambda module, enable: None),
+    ],
+    "norm counts replicas": lambda: [patch.object(native, "primary_square_sum", _every_square)],
+    "tied copies drift apart": lambda: [patch.object(native.NativeEngine, "_finish_gradients", lambda engine: None)],
+    "second half of a backward run twice": lambda: [patch.object(linear, "_accumulate", _twice)],
+    "ring merges without weights": lambda: [patch.object(context, "merge", _unweighted)],
+    "chunks of the sequence swapped": lambda: [patch.object(ContextShare, "positions", _in_order)],
+    "ulysses mixes up positions": lambda: [
+        patch.object(
+            context.UlyssesAttention, "_order", lambda self, part, device: torch.arange(self._axis.size * part)
+        )
+    ],
+    "rows come back to other tokens": lambda: [
+        patch.object(ExpertDispatch, "__call__", _backwards(ExpertDispatch.__call__))
+    ],
+    "expert gradients not summed": lambda: [patch.object(native, "reduce_in_buckets", _but_experts)],
+    "balance loss sees a part of the sequence": lambda: [patch.object(routing, "all_reduce_sum", lambda x, axis: x)],
+    "router losses counted by every tp rank": lambda: [patch.object(Routing, "begin", _share_of_all(Routing.begin))],
+    "bias moved by one rank's counts": lambda: [patch.object(routing.dist, "all_reduce", lambda x, group: None)],
+}
+"""What each fault replaces. The last leaves all other sums alone: they go through the names patched above."""
+
+
+@contextmanager
+def planted(name: str) -> Iterator[None]:
+    """Break the running code inside."""
+    with ExitStack() as stack:
+        for replaced in PATCHES[name]():
+            stack.enter_context(replaced)
+        yield
+
+
+def broken_curve(config: RunConfig, name: str) -> Curve:
+    """Train with a fault on every rank."""
+    with planted(name):
+        return curve(config)
