@@ -13,7 +13,7 @@ import pytest
 from tests.contracts.source import ROOT
 
 LAYERS = ["cli", "launcher", "train", "engine", "checkpoint", "telemetry", "models", "parallel", "optim", "data"]
-LAYERS += ["ops", "runtime", "accounting", "config"]
+LAYERS += ["planner", "ops", "runtime", "accounting", "config"]
 
 
 def _lint(folder: Path) -> subprocess.CompletedProcess[str]:

@@ -187,3 +187,30 @@ def test_data_errors_have_their_codes(corpus: list[str], tmp_path: Path) -> None
     assert main(["data", "prepare", *corpus, f"data.path={tmp_path / 'empty'}"]) == ExitCode.BAD_DATA
     assert main(["data", "prepare", *corpus, f"data.path={tmp_path / 'missing'}"]) == ExitCode.IO
     assert main(["data", "prepare", *corpus, "model.vocab_size=90000"]) == ExitCode.CONFIG
+
+
+def test_plan_layouts_judges_lists_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "schedule.png"
+    words = [
+        "plan",
+        "layouts",
+        "experiment=quickstart",
+        "parallel.schedule=zbv",
+        "--json",
+        "--schedule-trace",
+        str(picture),
+    ]
+    assert main(words) == ExitCode.DONE
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["legal"]
+    assert answer["ranks"] == 8
+    assert len(answer["layouts"]) > 50
+    assert 0 < answer["schedule"]["idle_share"] < 0.5
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert main(["plan", "layouts", "experiment=quickstart", "parallel.tensor=3", "--json"]) == ExitCode.CONFIG
+    answer = json.loads(capsys.readouterr().out)
+    assert not answer["ok"]
+    assert [violation["key"] for violation in answer["violations"]] == ["parallel.tensor", "data.seq_len", "ranks"]
+    assert len(answer["nearest"]) == 3
+    assert main(["plan", "layouts", "--ranks", "0"]) == ExitCode.CONFIG
+    assert main(["plan", "layouts", "--ranks", "1", "--schedule-trace", str(picture)]) == ExitCode.CONFIG

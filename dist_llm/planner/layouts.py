@@ -1,0 +1,137 @@
+"""Which layouts of a model on so many ranks are legal: every combination that breaks none of config/rules.py.
+
+    tensor, context, pipeline and data multiply to the ranks; schedule and chunks; sequence, context method, expert;
+    zero and replicate
+
+Settings are chosen in that order, and a rule is asked as soon as all that it reads is chosen, so a wrong split is left
+before its schedules are tried. Of chunks those that cut all stages alike are tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from dist_llm.config.checks import check
+from dist_llm.config.parallel import V_SCHEDULES, ParallelConfig
+from dist_llm.config.rule import RANKS, Rule
+from dist_llm.config.rules import LAYOUT_RULES, divisors
+from dist_llm.config.run import RunConfig
+from dist_llm.errors import Violation
+
+Choice = dict[str, object]
+"""Some settings of `parallel`, by name."""
+
+_ORDER: tuple[tuple[str, ...], ...] = (
+    ("tensor", "context", "pipeline", "data"),
+    ("schedule", "virtual_pipeline"),
+    ("sequence", "context_method", "expert"),
+    ("zero", "replicate"),
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a config's own layout is legal, every rule that it breaks, and the legal layouts nearest to it."""
+
+    violations: tuple[Violation, ...]
+    nearest: tuple[Choice, ...]
+
+    @property
+    def legal(self) -> bool:
+        """Whether it breaks no rule."""
+        return not self.violations
+
+
+def legal_layouts(config: RunConfig, ranks: int) -> list[Choice]:
+    """Return every legal layout of the config's model and batch on `ranks` ranks, as settings of `parallel`."""
+    found: list[Choice] = []
+    chosen: set[str] = set()
+    asked: list[list[Rule]] = []
+    for names in _ORDER:
+        chosen.update(names)
+        before = [rule for rules in asked for rule in rules]
+        asked.append([rule for rule in LAYOUT_RULES if rule not in before and _reads_only(rule, chosen)])
+    asked[-1].extend(rule for rule in LAYOUT_RULES if not any(rule in rules for rules in asked))
+    _extend(config, ranks, asked, {}, found)
+    return found
+
+
+def judge_layout(config: RunConfig, ranks: int, layouts: Sequence[Choice], most: int = 3) -> Verdict:
+    """Return the verdict on the config's own layout; `layouts` are the legal ones."""
+    violations = tuple(check(config, ranks))
+    own = {**config.parallel.model_dump(), "virtual_pipeline": config.parallel.chunks}
+
+    def distance(layout: Choice) -> tuple[int, float]:
+        changed = [name for name, value in layout.items() if own[name] != value and name != "data"]
+        sizes = [name for name in ("tensor", "context", "pipeline") if name in changed]
+        return len(changed), sum(abs(float(str(layout[name])) - float(own[name])) for name in sizes)
+
+    nearest = sorted(layouts, key=distance)[:most] if violations else []
+    return Verdict(violations, tuple(nearest))
+
+
+def _reads_only(rule: Rule, chosen: set[str]) -> bool:
+    keys = [key.removeprefix("parallel.") for key in rule.keys if key.startswith("parallel.")]
+    return all(key in chosen for key in keys) and bool(keys or RANKS in rule.keys)
+
+
+def _extend(config: RunConfig, ranks: int, asked: list[list[Rule]], choice: Choice, found: list[Choice]) -> None:
+    """Add every legal completion of a choice."""
+    depth = sum(names[0] in choice for names in _ORDER)
+    if depth == len(_ORDER):
+        found.append(choice)
+        return
+    for more in _OPTIONS[depth](config, ranks, choice):
+        wider = {**choice, **more}
+        parallel = config.parallel.model_copy(update={**_PLAIN, **wider})
+        changed = config.model_copy(update={"parallel": parallel})
+        if not any(rule(changed, ranks) for rule in asked[depth]):
+            _extend(config, ranks, asked, wider, found)
+
+
+_PLAIN: Choice = {
+    name: getattr(ParallelConfig(), name)
+    for name in ("virtual_pipeline", "schedule", "sequence", "context_method", "expert", "zero", "replicate")
+}
+
+
+def _splits(config: RunConfig, ranks: int, choice: Choice) -> Iterator[Choice]:
+    for tensor in divisors(ranks):
+        for context in divisors(ranks // tensor):
+            for pipeline in divisors(ranks // tensor // context):
+                data = ranks // tensor // context // pipeline
+                yield {"tensor": tensor, "context": context, "pipeline": pipeline, "data": data}
+
+
+def _schedules(config: RunConfig, ranks: int, choice: Choice) -> Iterator[Choice]:
+    pipeline = int(str(choice["pipeline"]))
+    if pipeline == 1:
+        yield {"schedule": "1f1b", "virtual_pipeline": 1}
+        return
+    chunks = divisors(max(1, config.model.num_layers // pipeline))
+    for schedule in ("gpipe", "1f1b"):
+        yield {"schedule": schedule, "virtual_pipeline": 1}
+    for number in chunks:
+        if number > 1:
+            yield {"schedule": "interleaved", "virtual_pipeline": number}
+        yield {"schedule": "zero_bubble", "virtual_pipeline": number}
+    for schedule in V_SCHEDULES:
+        yield {"schedule": schedule, "virtual_pipeline": 2}
+
+
+def _regions(config: RunConfig, ranks: int, choice: Choice) -> Iterator[Choice]:
+    experts = config.model.moe.num_experts
+    for sequence in (False, True) if choice["tensor"] != 1 else (False,):
+        for method in ("ring", "ulysses") if choice["context"] != 1 else ("ring",):
+            for expert in divisors(experts) if experts else (1,):
+                yield {"sequence": sequence, "context_method": method, "expert": expert}
+
+
+def _shards(config: RunConfig, ranks: int, choice: Choice) -> Iterator[Choice]:
+    for zero in (0, 1, 2, 3):
+        for replicate in divisors(int(str(choice["data"]))) if zero else (1,):
+            yield {"zero": zero, "replicate": replicate}
+
+
+_OPTIONS = (_splits, _schedules, _regions, _shards)

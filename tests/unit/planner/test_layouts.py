@@ -1,0 +1,94 @@
+"""The solver lists just what the rules allow, and names what is wrong with the rest."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from dist_llm.accounting.schedules import Pipe
+from dist_llm.config.checks import check
+from dist_llm.config.rules import divisors
+from dist_llm.config.run import RunConfig
+from dist_llm.planner.layouts import Choice, judge_layout, legal_layouts
+from dist_llm.planner.schedule_picture import draw_schedule
+from dist_llm.planner.schedule_trace import trace_schedule
+from tests.parallel.tiny import MOE, tiny_config
+from tests.work import counted
+
+
+def with_layout(config: RunConfig, layout: Choice) -> RunConfig:
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update=layout)})
+
+
+def every_layout(config: RunConfig, ranks: int) -> list[Choice]:
+    """Return the legal ones of all combinations, each checked by itself."""
+    found = []
+    chunks = {1, 2, *divisors(config.model.num_layers)}
+    options = {
+        "tensor": divisors(ranks),
+        "context": divisors(ranks),
+        "pipeline": divisors(ranks),
+        "data": divisors(ranks),
+        "schedule": ("gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev"),
+        "virtual_pipeline": sorted(chunks),
+        "sequence": (False, True),
+        "context_method": ("ring", "ulysses"),
+        "expert": divisors(max(1, config.model.moe.num_experts)),
+        "zero": (0, 1, 2, 3),
+        "replicate": divisors(ranks),
+    }
+    for values in itertools.product(*options.values()):
+        layout: Choice = dict(zip(options, values, strict=True))
+        if layout["pipeline"] == 1 and (layout["schedule"], layout["virtual_pipeline"]) != ("1f1b", 1):
+            continue
+        if layout["schedule"] in ("zbv", "dualpipev") and layout["virtual_pipeline"] != 2:
+            continue
+        if (layout["tensor"] == 1 and layout["sequence"]) or (
+            layout["context"] == 1 and layout["context_method"] != "ring"
+        ):
+            continue
+        sizes = [int(str(layout[name])) for name in ("tensor", "context", "pipeline", "data")]
+        if sizes[0] * sizes[1] * sizes[2] * sizes[3] != ranks:
+            continue
+        if not check(with_layout(config, layout), ranks):
+            found.append(layout)
+    return found
+
+
+@pytest.mark.parametrize(("ranks", "model"), [(1, {}), (2, MOE), (4, {}), (4, {"num_kv_heads": None})])
+def test_it_lists_what_the_rules_allow(ranks: int, model: dict[str, object]) -> None:
+    config = tiny_config({}, model)
+    ours = [tuple(sorted(layout.items())) for layout in legal_layouts(config, ranks)]
+    theirs = [tuple(sorted(layout.items())) for layout in every_layout(config, ranks)]
+    assert len(set(ours)) == len(ours) > 0
+    assert set(ours) == set(theirs)
+
+
+def test_what_is_wrong_is_named_with_legal_layouts_near_it() -> None:
+    config = tiny_config({"tensor": 3, "pipeline": 2, "schedule": "zbv"})
+    found = legal_layouts(config, 8)
+    verdict = judge_layout(config, 8, found)
+    assert not verdict.legal
+    assert {violation.key for violation in verdict.violations} == {"parallel.tensor", "ranks"}
+    assert len(verdict.nearest) == 3
+    for layout in verdict.nearest:
+        assert check(with_layout(config, layout), 8) == []
+        assert layout["pipeline"] == 2
+    assert [layout["schedule"] for layout in verdict.nearest[:2]] == ["zbv", "zbv"]
+    fine = tiny_config({"tensor": 2})
+    assert judge_layout(fine, 2, legal_layouts(fine, 2)).legal
+
+
+def test_many_ranks_cost_no_search_of_all_products() -> None:
+    with counted() as work:
+        found = legal_layouts(
+            tiny_config({}, {"num_layers": 64, "num_heads": 64, "head_dim": 8}, {"global_batch": 64}), 64
+        )
+    assert len(found) > 100
+    assert work.lines < 60_000_000
+
+
+def test_the_picture_is_drawn() -> None:
+    for pipe in (Pipe("zbv", 4, 2, 8), Pipe("1f1b", 2, 1, 200)):
+        assert draw_schedule(trace_schedule(pipe)).startswith(b"\x89PNG")
