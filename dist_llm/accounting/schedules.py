@@ -55,8 +55,12 @@ class Pipe:
         if self.schedule == "zbv":
             return _zbv(self, rank)
         if self.schedule == "dualpipev":
-            return _dualpipev(self, rank)
+            return _dualpipev(self, rank).actions
         return _looped(self, rank, split=self.schedule == "zero_bubble")
+
+    def pairs(self, rank: int) -> dict[Action, Action]:
+        """Return the forwards that run as one with the backward after them: both begin and end together."""
+        return _dualpipev(self, rank).pairs if self.schedule == "dualpipev" else {}
 
 
 def stage_rank(stage: int, pipeline: int, schedule: str) -> int:
@@ -109,6 +113,7 @@ class _Program:
 
     def __init__(self) -> None:
         self.actions: list[Action] = []
+        self.pairs: dict[Action, Action] = {}
         self.done: Counter[tuple[Work, int]] = Counter()
         self._waiting: deque[int] = deque()
 
@@ -123,6 +128,11 @@ class _Program:
             elif work is Work.INPUT:
                 self.done[Work.BACKWARD, stage] += 1
                 self._waiting.append(stage)
+
+    def add_pair(self, forward: int, backward: int) -> None:
+        """Append a forward of one stage that runs as one with a backward of another."""
+        self.add((Work.FORWARD, forward), (Work.BACKWARD, backward))
+        self.pairs[self.actions[-2]] = self.actions[-1]
 
     def add_waiting_weight(self) -> None:
         """Append the backward of the weights that has waited longest, if any waits."""
@@ -152,12 +162,11 @@ def _zbv(pipe: Pipe, rank: int) -> list[Action]:
     return [action for action in program.actions if action.microbatch < pipe.microbatches]
 
 
-def _dualpipev(pipe: Pipe, rank: int) -> list[Action]:
+def _dualpipev(pipe: Pipe, rank: int) -> _Program:
     ranks = pipe.ranks
     down, up = rank, 2 * ranks - 1 - rank
     below = ranks - 1 - rank
-    forward_down, forward_up = (Work.FORWARD, down), (Work.FORWARD, up)
-    backward_down, backward_up = (Work.BACKWARD, down), (Work.BACKWARD, up)
+    forward_down, forward_up, backward_up = (Work.FORWARD, down), (Work.FORWARD, up), (Work.BACKWARD, up)
     program = _Program()
     program.add(*[forward_down] * (2 * below))
     program.add(*[forward_down, forward_up] * (rank + 1))
@@ -165,8 +174,15 @@ def _dualpipev(pipe: Pipe, rank: int) -> list[Action]:
         program.add((Work.INPUT, up))
         program.add_waiting_weight()
         program.add(forward_up)
-    program.add(*[forward_down, backward_up, forward_up, backward_down] * (pipe.microbatches - 2 * ranks + rank + 1))
-    program.add(*[backward_up, forward_up, backward_down] * below)
+    for index in range(pipe.microbatches - 2 * ranks + rank + 1):
+        if index == 0 and rank == ranks - 1:
+            program.add(forward_down, backward_up)
+        else:
+            program.add_pair(down, up)
+        program.add_pair(up, down)
+    for _ in range(below):
+        program.add(backward_up)
+        program.add_pair(up, down)
     split = False
     for index in range(rank + 1):
         middle = index == (rank + 1) // 2
@@ -179,4 +195,4 @@ def _dualpipev(pipe: Pipe, rank: int) -> list[Action]:
         program.add((Work.INPUT if split else Work.BACKWARD, down))
     for _ in range(rank + 1):
         program.add_waiting_weight()
-    return program.actions
+    return program

@@ -50,28 +50,41 @@ def write_programs(pipe: Pipe) -> list[Program]:
     """Return each rank's program. ValueError naming what every rank waits for, when the order cannot be carried out."""
     orders = [pipe.order(rank)[::-1] for rank in range(pipe.ranks)]
     programs: list[Program] = [[] for _ in orders]
+    pairs = [pipe.pairs(rank) for rank in range(pipe.ranks)]
     known: list[set[tuple[bool, int, int]]] = [set() for _ in orders]
     while any(orders):
         moved = False
         for rank, order in enumerate(orders):
-            if not order:
+            together = order[-1:] if not order or order[-1] not in pairs[rank] else order[:-3:-1]
+            if not together or not all(_is_fed(action, pipe, known[rank]) for action in together):
                 continue
-            action = order[-1]
-            forward, source = action.work is Work.FORWARD, _source(action, pipe)
-            if source is not None and (forward, source, action.microbatch) not in known[rank]:
-                continue
-            programs[rank].append(order.pop())
             moved = True
-            target = _target(action, pipe)
-            peer = rank if target is None else stage_rank(target, pipe.ranks, pipe.schedule)
-            known[peer].add((forward, action.stage, action.microbatch))
-            if peer != rank:
-                programs[rank].append(Message(True, forward, action.stage, action.microbatch, peer))
-                programs[peer].append(Message(False, forward, action.stage, action.microbatch, rank))
+            del order[-len(together) :]
+            programs[rank].extend(together)
+            for action in together:
+                _tell(action, rank, pipe, programs, known)
         if not moved:
             waits = {rank: order[-1] for rank, order in enumerate(orders) if order}
             raise ValueError(f"the order cannot be carried out: {waits}")
     return programs
+
+
+def _is_fed(action: Action, pipe: Pipe, known: set[tuple[bool, int, int]]) -> bool:
+    """Return whether what an action starts from has been sent to its rank, or made there."""
+    source = _source(action, pipe)
+    return source is None or (action.work is Work.FORWARD, source, action.microbatch) in known
+
+
+def _tell(
+    action: Action, rank: int, pipe: Pipe, programs: list[Program], known: list[set[tuple[bool, int, int]]]
+) -> None:
+    """Write down the message that an action's result is, at both its ends."""
+    forward, target = action.work is Work.FORWARD, _target(action, pipe)
+    peer = rank if target is None else stage_rank(target, pipe.ranks, pipe.schedule)
+    known[peer].add((forward, action.stage, action.microbatch))
+    if peer != rank:
+        programs[rank].append(Message(True, forward, action.stage, action.microbatch, peer))
+        programs[peer].append(Message(False, forward, action.stage, action.microbatch, rank))
 
 
 def prove(pipe: Pipe, programs: Sequence[Program]) -> None:

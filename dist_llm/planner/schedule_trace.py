@@ -60,17 +60,25 @@ def trace_schedule(pipe: Pipe, seconds: Mapping[Work, float] = EVEN) -> Trace:
     """Return when each action runs. ValueError when the order cannot be carried out."""
     last = pipe.ranks * pipe.chunks - 1
     orders = [pipe.order(rank)[::-1] for rank in range(pipe.ranks)]
+    pairs = [pipe.pairs(rank) for rank in range(pipe.ranks)]
     ends: dict[Action, float] = {}
     clocks = [0.0] * pipe.ranks
     spans: list[Span] = []
     while any(orders):
         before = len(spans)
         for rank, order in enumerate(orders):
-            while order and (ready := _ready(order[-1], last, ends)) is not None:
-                action = order.pop()
-                start = max(clocks[rank], ready)
-                clocks[rank] = ends[action] = start + seconds[action.work]
-                spans.append(Span(rank, action, start, clocks[rank]))
+            while order:
+                together = order[-1:] if order[-1] not in pairs[rank] else order[:-3:-1]
+                ready = [_ready(action, last, ends) for action in together]
+                known = [time for time in ready if time is not None]
+                if len(known) < len(ready):
+                    break
+                clocks[rank] = max(clocks[rank], *known)
+                for action in together:
+                    order.pop()
+                    start, clocks[rank] = clocks[rank], clocks[rank] + seconds[action.work]
+                    spans.append(Span(rank, action, start, clocks[rank]))
+                ends.update(dict.fromkeys(together, clocks[rank]))
         if len(spans) == before:
             raise ValueError(f"ranks wait for ever: {[order[-1] for order in orders if order]}")
     return Trace(pipe, tuple(sorted(spans, key=lambda span: (span.rank, span.start))))
