@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dist_llm.cli.dry_run import DRY_RUN
 from dist_llm.cli.parse import Answer, Command, add_config, add_json, compose_arguments
 from dist_llm.errors import ConfigError, ExitCode, StorageError, Violation
 
@@ -105,5 +106,6 @@ def _trace(config: RunConfig, ranks: int, path: Path) -> dict[str, object]:
 
 
 COMMANDS = {
-    "layouts": Command("the legal layouts on so many ranks; a schedule as a picture", add_layouts_arguments, layouts)
+    "layouts": Command("the legal layouts on so many ranks; a schedule as a picture", add_layouts_arguments, layouts),
+    "dry-run": DRY_RUN,
 }

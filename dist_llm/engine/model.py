@@ -12,7 +12,7 @@ from dist_llm.models.moe import MoE
 from dist_llm.models.plan import SHARD_PLAN, TIED_PAIR, plan_init
 from dist_llm.models.transformer import Block, Transformer, build_model
 from dist_llm.parallel.apply import SplittableModel
-from dist_llm.parallel.materialise import fill_normal
+from dist_llm.parallel.materialise import allocate, fill_normal
 from dist_llm.parallel.shards import LocalShard
 
 
@@ -53,5 +53,6 @@ def splittable(config: ModelConfig, seed: int) -> SplittableModel:
         tie=lambda module: cast(Transformer, module).tie_weights(),
         plan=SHARD_PLAN,
         tied=TIED_PAIR if config.tie_embeddings else None,
+        allocate=allocate,
         initialise=initialise,
     )

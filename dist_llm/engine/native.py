@@ -26,7 +26,7 @@ from dist_llm.engine.routing import Routing
 from dist_llm.ops.context_share import ContextShare
 from dist_llm.optim.adamw import AdamW
 from dist_llm.optim.schedule import learning_rate
-from dist_llm.parallel.apply import Formats, SplitStage, apply_layout
+from dist_llm.parallel.apply import Formats, SplitStage, SplittableModel, apply_layout
 from dist_llm.parallel.cross_entropy import cross_entropy_sum
 from dist_llm.parallel.grad_norm import primary_square_sum
 from dist_llm.parallel.pipeline import Accumulation, Microbatching, Runner, Scheduled, StageTensors
@@ -56,7 +56,7 @@ class NativeEngine:
     `observe` is called with the phase of a step: last_forward, before_update, after_update (memory is counted there).
     """
 
-    def __init__(self, config: RunConfig, mesh: Mesh) -> None:
+    def __init__(self, config: RunConfig, mesh: Mesh, model: SplittableModel | None = None) -> None:
         self._config, self._mesh = config, mesh
         self.observe: Callable[[str], None] = lambda phase: None
         self._formats = Formats(DTYPES[config.precision.compute], DTYPES[config.precision.master])
@@ -64,7 +64,7 @@ class NativeEngine:
         self._microbatch_tokens = config.data.microbatch * config.data.seq_len
         self.data_slice = DataSlice(mesh.dp.index, mesh.dp.size)
         self._context = ContextShare(mesh.cp.index, mesh.cp.size)
-        model = splittable(config.model, config.run.seed)
+        model = model or splittable(config.model, config.run.seed)
         stages = plan_stages(config.model, config.parallel.num_stages)
         self.stages = apply_layout(model, stages, config.parallel, self._formats, mesh)
         self.shards: list[LocalShard] = [shard for stage in self.stages for shard in stage.shards]
@@ -80,9 +80,10 @@ class NativeEngine:
         """The factor on each token's loss before the backward; gradients / (unit * counted tokens) are the mean's."""
         return self._scale.value / self._microbatch_tokens
 
-    def _loss(
+    def loss(
         self, logits: Float[Tensor, "batch seq columns"], targets: Int64[Tensor, "batch seq"]
     ) -> Float[Tensor, ""]:
+        """Return the sum of token losses, in the unit of a backward. Issues two all-reduces over tp."""
         return cross_entropy_sum(logits, targets, self._config.model.vocab_size, self._mesh.tp) * self.loss_unit
 
     def _build_runner(self, stages: list[SplitStage]) -> Runner:
@@ -90,7 +91,7 @@ class NativeEngine:
         local = data.global_batch // self._mesh.dp.size
         cut = Microbatching(data.microbatch, local // data.microbatch, lambda: self.observe("last_forward"))
         if self._mesh.pp.size == 1:
-            return Accumulation(stages[0].part.model, self._loss, cut, parallel.zero)
+            return Accumulation(stages[0].part.model, self.loss, cut, parallel.zero)
         share = data.seq_len // self._mesh.cp.size
         length = share // self._mesh.tp.size if parallel.sequence else share
         shape = (cut.size, length, self._config.model.hidden_size)
@@ -98,7 +99,7 @@ class NativeEngine:
         num_logits = padded_vocab(self._config.model.vocab_size, tp) // tp
         crossing = StageTensors(shape, self._formats.compute, (cut.size, share), num_logits)
         parts = [stage.part for stage in stages]
-        return Scheduled(parts, crossing, self._loss, cut, parallel.zero, parallel.schedule, self._mesh.pp)
+        return Scheduled(parts, crossing, self.loss, cut, parallel.zero, parallel.schedule, self._mesh.pp)
 
     def train_step(self, batch: Batch) -> StepResult:
         """Update the weights by one global batch; `batch` is this rank's share of it.
@@ -111,7 +112,7 @@ class NativeEngine:
         self._routing.begin(self.loss_unit)
         batch = self._on_device(batch)
         loss = self._runner.forward_backward(batch)
-        self._finish_gradients()
+        self.finish_gradients()
         self._routing.gather()
         self.observe("before_update")
         norm_part = primary_square_sum(self.shards, self._mesh.device)
@@ -153,7 +154,7 @@ class NativeEngine:
             documents=None if batch.documents is None else batch.documents.to(device, non_blocking=True),
         )
 
-    def _finish_gradients(self) -> None:
+    def finish_gradients(self) -> None:
         """Complete what no backward did: replicas (zero), partial sums (tp), the two tied copies (ends).
 
         Issues one all-reduce a bucket over zero (without FSDP), over tp (partial gradients), over ends, unless both

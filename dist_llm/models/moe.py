@@ -22,6 +22,7 @@ from torch.nn import functional
 from dist_llm.config.model import ModelConfig
 from dist_llm.models.mlp import MLP
 from dist_llm.ops.grouped_linear import grouped_linear
+from dist_llm.ops.row_counts import kept_rows
 
 
 class Tally:
@@ -189,11 +190,11 @@ class MoE(nn.Module):
     ) -> tuple[Int64[Tensor, " rows"], Int64[Tensor, " experts"]]:
         """Return the choices by expert, and how many each expert has; beyond the capacity they are left out."""
         expert = chosen.flatten()
-        counts = torch.bincount(expert, minlength=self.config.num_experts)
+        counts = expert.new_zeros(self.config.num_experts).scatter_add_(0, expert, torch.ones_like(expert))
         rows = expert.argsort(stable=True)
         if self.config.capacity_factor is None:
             return rows, counts
         most = -int(-self.config.capacity_factor * expert.numel() // self.config.num_experts)
         starts = counts.cumsum(0) - counts
         place = torch.arange(rows.numel(), device=rows.device) - starts[expert[rows]]
-        return rows[place < most], counts.clamp(max=most)
+        return kept_rows(rows, place < most, self.config.num_experts * most), counts.clamp(max=most)

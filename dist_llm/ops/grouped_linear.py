@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from dist_llm.ops.row_counts import row_counts
+
 
 def grouped_linear(
     x: Float[Tensor, "rows inputs"], weight: Float[Tensor, "groups outputs inputs"], counts: Int64[Tensor, " groups"]
@@ -18,5 +20,5 @@ def grouped_linear(
         ends = counts.to(x.device).cumsum(0).to(torch.int32)
         out: Tensor = torch._grouped_mm(x, weight.transpose(-2, -1), offs=ends)
         return out
-    parts = torch.split(x, counts.tolist())
+    parts = torch.split(x, row_counts(counts, x.shape[0]))
     return torch.cat([part @ matrix.t() for part, matrix in zip(parts, weight.unbind(0), strict=True)])

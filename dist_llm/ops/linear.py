@@ -28,6 +28,7 @@ class WeightGradients:
         """Return what computes all that waits, in the order in which it came, and let go of it."""
         waiting, self._waiting = self._waiting, []
 
+        @torch.no_grad()
         def compute_all() -> None:
             while waiting:
                 waiting.pop(0)()
@@ -49,7 +50,8 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
-        (x,), grad = ctx.saved_tensors, grads[0]
+        # Detached: what waits must keep no graph alive.
+        x, grad = ctx.saved_tensors[0].detach(), grads[0]
         weight, bias = ctx.weight, ctx.bias
 
         def compute() -> None:

@@ -35,7 +35,7 @@ class SplittableModel:
     build: the meta module of a stage. blocks: its repeated parts; units: the ZeRO units, in forward order; experts: the
     units inside them whose replicas are those of the expert axes.
     tie: shares a tied weight whose two ends are both in the module. tied: (logical name, name of the copy) or None.
-    initialise: fills one shard with its starting values.
+    allocate: gives a split meta module storage on a device. initialise: fills one shard with its starting values.
     """
 
     build: Callable[[StagePlan], nn.Module]
@@ -45,6 +45,7 @@ class SplittableModel:
     tie: Callable[[nn.Module], None]
     plan: ShardPlan
     tied: tuple[str, str] | None
+    allocate: Callable[[nn.Module, torch.device], None]
     initialise: Callable[[LocalShard], None]
 
 
@@ -90,9 +91,7 @@ def _split_stage(
             param_dtype=formats.compute, reduce_dtype=formats.master, output_dtype=formats.compute
         )
         apply_zero(module, model.units(module), model.experts(module), mesh, parallel.zero, policy)
-    module.to_empty(device=mesh.device)
-    for buffer in module.buffers():
-        buffer.zero_()
+    model.allocate(module, mesh.device)
     model.tie(module)
     shards = tuple(list_shards(module, table, mesh, model.tied))
     for shard in shards:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from dist_llm.ops.row_counts import row_counts
 from dist_llm.runtime.mesh import Axis
 
 
@@ -53,10 +54,10 @@ class ExpertDispatch:
         outgoing = counts.view(axis.size, -1).contiguous()
         incoming = torch.empty_like(outgoing)
         dist.all_to_all_single(incoming, outgoing, group=axis.group)
-        sent, received = outgoing.sum(1).tolist(), incoming.sum(1).tolist()
+        sent, received = (row_counts(way.sum(1), x.shape[0]) for way in (outgoing, incoming))
         came: Tensor = _AllToAllRows.apply(x, sent, received, axis)  # type: ignore[no-untyped-call]
         experts = torch.arange(incoming.shape[1], device=x.device).repeat(axis.size)
-        order = experts.repeat_interleave(incoming.flatten()).argsort(stable=True)
+        order = experts.repeat_interleave(incoming.flatten(), output_size=sum(received)).argsort(stable=True)
 
         def back(out: Tensor) -> Tensor:
             unsorted = torch.empty_like(order)

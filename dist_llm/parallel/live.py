@@ -34,18 +34,23 @@ def _fsdp_groups(model: nn.Module) -> list[Any]:
     return [group for group in groups if group is not None]
 
 
-def parameter_bytes(model: nn.Module) -> int:
-    """Return the bytes of stored parameters and of their gathered copies."""
+def parameters(model: nn.Module) -> list[Tensor | None]:
+    """Return the stored parameters and their gathered copies."""
     held: list[Tensor | None] = list(model.parameters())
     for group in _fsdp_groups(model):
         for record in group.fsdp_params:
             held.append(record.sharded_param)
             held.extend(getattr(record, "all_gather_outputs", []))
-    return storage_bytes(held)
+    return held
 
 
-def gradient_bytes(model: nn.Module) -> int:
-    """Return the bytes of gradients, reduced or waiting to be."""
+def parameter_bytes(model: nn.Module) -> int:
+    """Return the bytes of stored parameters and of their gathered copies."""
+    return storage_bytes(parameters(model))
+
+
+def gradients(model: nn.Module) -> list[Tensor | None]:
+    """Return the gradients that are there, reduced or waiting to be."""
     held: list[Tensor | None] = [parameter.grad for parameter in model.parameters()]
     for group in _fsdp_groups(model):
         held.append(getattr(group, "_partial_reduce_output", None))
@@ -54,4 +59,9 @@ def gradient_bytes(model: nn.Module) -> int:
             held.append(getattr(record, "unsharded_accumulated_grad", None))
             unsharded = getattr(record, "_unsharded_param", None)
             held.append(None if unsharded is None else unsharded.grad)
-    return storage_bytes(held)
+    return held
+
+
+def gradient_bytes(model: nn.Module) -> int:
+    """Return the bytes of gradients, reduced or waiting to be."""
+    return storage_bytes(gradients(model))

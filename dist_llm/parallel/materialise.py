@@ -10,13 +10,20 @@ from collections.abc import Iterable
 
 import torch
 from jaxtyping import Int64
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_llm.ops.counter_rng import key_of, normal
 from dist_llm.parallel.shards import LocalShard
 
 _CHUNK = 1 << 20
 """Elements drawn at a time: the counters are int64 and the draws float64, far larger than the weights."""
+
+
+def allocate(module: nn.Module, device: torch.device) -> None:
+    """Give a meta module storage on a device, in place: parameters without values yet, buffers of zeros."""
+    module.to_empty(device=device)
+    for buffer in module.buffers():
+        buffer.zero_()
 
 
 def _strides(shape: tuple[int, ...]) -> list[int]:

@@ -111,6 +111,14 @@ def _expert_axes(meshes: list[DeviceMesh], without: ExpertAxes) -> ExpertAxes:
     return ExpertAxes(_axis(cut, "ep"), _axis(whole, "expert_zero"), replicate, shard, zero_mesh)
 
 
+def _limit(mesh: DeviceMesh, timeout: timedelta) -> None:
+    """Set the timeout of a mesh's groups: DeviceMesh has none of its own, and torch's are 30 (gloo) or 10 minutes."""
+    if dist.get_backend() == "fake":
+        return
+    for group in mesh.get_all_groups():
+        _set_pg_timeout(timeout, group)
+
+
 def build_mesh(parallel: ParallelConfig, device: torch.device, timeout_seconds: float = 600.0) -> Mesh:
     """Create the process groups of the layout.
 
@@ -132,9 +140,7 @@ def build_mesh(parallel: ParallelConfig, device: torch.device, timeout_seconds: 
     )
     experts = _expert_meshes(parallel, replicas, device)
     for folding in (mesh, folded, whole, *experts):
-        for group in folding.get_all_groups():
-            # DeviceMesh has no timeout of its own; torch's defaults are 30 minutes (gloo) and 10 (NCCL).
-            _set_pg_timeout(timeout, group)
+        _limit(folding, timeout)
     zero_mesh = folded["replicate", "shard"] if replicate > 1 else folded["shard"]
     zero, replicated, sharded = _axis(whole, "zero"), _axis(folded, "replicate"), _axis(folded, "shard")
     tp = _axis(mesh, "tp")

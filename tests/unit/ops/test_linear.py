@@ -52,3 +52,16 @@ def test_what_was_taken_does_not_come_again() -> None:
 def test_without_a_queue_it_is_torchs() -> None:
     x, weight, bias = _values(True)
     assert torch.equal(linear(x, weight, bias), functional.linear(x, weight, bias))
+
+
+def test_what_was_computed_keeps_no_graph() -> None:
+    """A gradient with a graph behind it would keep the activations of every microbatch until the step ends."""
+    x, weight, bias = _values(with_bias=True)
+    later = WeightGradients()
+    for _ in range(2):
+        linear(x * 2, weight, bias, later).square().sum().backward()
+        later.take()()
+    for parameter in (weight, bias):
+        assert parameter is not None
+        assert parameter.grad is not None
+        assert parameter.grad.grad_fn is None

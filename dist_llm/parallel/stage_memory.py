@@ -1,0 +1,155 @@
+"""What one microbatch costs a stage in activations: measured on two of them, without a pipeline around.
+
+    forward   peak while it runs, bytes that stay until the backward (saved tensors and the output)
+    backward  peak while it runs; all that stayed is freed. The first makes gradients, later ones add to them
+    split     the first half frees what only it needs, the second half the rest (x and dy of every linear)
+
+`most_activations` then walks a rank's order of work. Tests compare it with runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dist_llm.accounting.schedules import Action, Pipe, Work, crosses
+from dist_llm.parallel.activations import ActivationLog
+from dist_llm.parallel.live import gradients, parameters
+from dist_llm.parallel.pipeline import LossFunction, StageModule
+from dist_llm.parallel.split_backward import finish_backward
+from dist_llm.parallel.zero import set_backward_traffic
+
+MEASURED = 2
+"""Microbatches that are run."""
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of activations of one microbatch in one stage; peaks are over what was alive before.
+
+    held: from forward to backward. waiting: from the first half of a backward to the second. input, output: what comes
+    from the stage before and goes to the one after (0 at the ends of the model); gradients are as large.
+    """
+
+    forward_peak: int
+    held: int
+    first_backward_peak: int
+    backward_peak: int
+    waiting: int
+    weight_peak: int
+    input: int
+    output: int
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """A stage and what goes into it: its input, its loss if it is the last, and what any stage needs.
+
+    keeps: whether a pipeline keeps what the model gives until the backward.
+    """
+
+    part: StageModule
+    enter: Callable[[], Tensor]
+    loss: LossFunction | None
+    targets: Tensor
+    extras: Mapping[str, Tensor]
+    zero: int
+    keeps: bool
+
+
+def measure_stage(run: StageRun, log: ActivationLog) -> StageMemory:
+    """Run two microbatches through a stage and both backwards. Issues what they issue."""
+    model, split = run.part.model, run.part.later is not None
+    inputs = [run.enter() for _ in range(MEASURED)]
+    outputs: list[tuple[Tensor, ...]] = []
+    marks: list[int] = []
+    with log:
+        for value in inputs:
+            marks.append(log.mark())
+            outputs.append(_forward(run, value))
+        log.exclude(parameters(model))
+        marks.append(log.mark())
+    crossing = inputs[0].nbytes if inputs[0].requires_grad else 0, outputs[0][0].nbytes if run.loss is None else 0
+    gradient = torch.empty_like(outputs[0][0]) if run.loss is None else None
+    with log:
+        for index in range(MEASURED):
+            set_backward_traffic(model, run.zero, last=index == MEASURED - 1 and not split, complete=not split)
+            _backward(outputs.pop(0), gradient, inputs[index])
+            log.exclude(gradients(model))
+            marks.append(log.mark())
+            if run.part.later is not None:
+                run.part.later.take()()
+                set_backward_traffic(model, run.zero, last=index == MEASURED - 1)
+                finish_backward(model)
+            log.exclude(gradients(model))
+            marks.append(log.mark())
+    return _memory(log, marks, *crossing)
+
+
+def _forward(run: StageRun, value: Tensor) -> tuple[Tensor, ...]:
+    """Return what a backward begins at, and what else lives as long."""
+    out: Tensor = run.part.model(value, **run.extras)
+    if run.loss is None:
+        return (out,)
+    loss = run.loss(out, run.targets)
+    return (loss, out) if run.keeps else (loss,)
+
+
+def _backward(outputs: tuple[Tensor, ...], gradient: Tensor | None, value: Tensor) -> None:
+    torch.autograd.backward(outputs[0], gradient)
+    value.grad = None
+
+
+def _memory(log: ActivationLog, marks: Sequence[int], entering: int, leaving: int) -> StageMemory:
+    """Return the bytes of the second microbatch between the points in time."""
+    _, second, full, after_first, finished_first, after_second, _ = marks
+    held = log.level(full) - log.level(second)
+    waiting = log.level(after_first) - log.level(finished_first)
+    level = log.level(finished_first)
+    return StageMemory(
+        forward_peak=log.peak(second, full) - log.level(second),
+        held=held,
+        first_backward_peak=log.peak(full, after_first) - log.level(full),
+        backward_peak=log.peak(finished_first, after_second) - level,
+        waiting=waiting,
+        weight_peak=log.peak(after_first, finished_first) - log.level(after_first),
+        input=entering,
+        output=leaving,
+    )
+
+
+def most_activations(pipe: Pipe, order: Sequence[Action], stages: Mapping[int, StageMemory]) -> int:
+    """Return the most bytes of activations that a rank holds while it does its work in this order.
+
+    A stage has a buffer for all that it receives in a step. Where a rank may hold several stages, torch keeps what
+    it has sent until the step ends.
+    """
+    level = pipe.microbatches * sum(stage.input + stage.output for stage in stages.values())
+    most, begun = level, set[int]()
+    for action in order:
+        stage, keeps = stages[action.stage], _kept(pipe, action.stage, stages[action.stage])
+        if action.work is Work.FORWARD:
+            most, level = max(most, level + stage.forward_peak), level + stage.held
+        elif action.work is Work.WEIGHT:
+            most, level = max(most, level + stage.weight_peak), level - stage.waiting
+        else:
+            peak = stage.first_backward_peak if action.stage not in begun else stage.backward_peak
+            begun.add(action.stage)
+            most = max(most, level + peak)
+            level += keeps - stage.held
+            if action.work is Work.INPUT:
+                level += stage.waiting
+            elif stage.waiting:
+                most = max(most, level + stage.waiting + stage.weight_peak)
+    return most
+
+
+def _kept(pipe: Pipe, stage: int, memory: StageMemory) -> int:
+    """Return the bytes that a microbatch leaves with torch's schedule after its backward."""
+    if pipe.schedule in ("gpipe", "1f1b"):
+        return 0
+    out = memory.output if memory.output and crosses(stage, pipe.ranks, pipe.schedule) else 0
+    return out + (memory.input if memory.input and crosses(stage - 1, pipe.ranks, pipe.schedule) else 0)

@@ -1,0 +1,208 @@
+"""Build a run on a world that is not there, and say what each rank would hold and send.
+
+    fake process group of any size -> tensors without values -> the engine's own build -> two microbatches a stage
+
+Parameters, gradients and optimizer state are those of what was built; activations are measured on it
+(parallel/stage_memory.py) and put in the order of the schedule; traffic is accounting/traffic.py's. Ranks of a pipeline
+that hold alike stages are built once. Experts are taken as evenly used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dist_llm.accounting.held import rank_stages
+from dist_llm.accounting.memory import place_of
+from dist_llm.accounting.most import gathered_bytes, gradient_bytes
+from dist_llm.accounting.params import num_parameters
+from dist_llm.accounting.schedules import Pipe
+from dist_llm.accounting.stages import StagePlan
+from dist_llm.accounting.traffic import Shapes, Traffic, step_traffic
+from dist_llm.config.rules import num_microbatches
+from dist_llm.config.run import RunConfig
+from dist_llm.engine.model import splittable
+from dist_llm.engine.native import DTYPES, NativeEngine
+from dist_llm.parallel.activations import ActivationLog
+from dist_llm.parallel.apply import SplitStage, SplittableModel
+from dist_llm.parallel.live import storage_bytes
+from dist_llm.parallel.materialise import allocate
+from dist_llm.parallel.stage_memory import StageMemory, StageRun, measure_stage, most_activations
+from dist_llm.planner.messages import prove, write_programs
+from dist_llm.runtime.fake_group import fake_group
+from dist_llm.runtime.mesh import Mesh, build_mesh
+
+
+@dataclass(frozen=True)
+class StageFacts:
+    """What a stage is on one rank: bytes of stored parameters and of optimizer state, and activations by microbatch."""
+
+    param_bytes: int
+    optimizer_bytes: int
+    activations: StageMemory
+
+
+def dry_run(config: RunConfig, ranks: int, report: Callable[[str], None] = lambda message: None) -> dict[str, object]:
+    """Return, JSON-able, what each pipeline rank and stage of a legal config on `ranks` ranks holds and sends.
+
+    Stands for the rank at index 0 of all other axes, which holds the most. Issues collectives that move nothing.
+    """
+    parallel, model = config.parallel, config.model
+    microbatches = num_microbatches(config, ranks)
+    if microbatches is None:
+        raise ValueError("a dry run needs a config that is legal on its ranks")
+    pipe = Pipe(
+        parallel.schedule if parallel.pipeline > 1 else "1f1b", parallel.pipeline, parallel.chunks, microbatches
+    )
+    prove(pipe, write_programs(pipe))
+    built: dict[tuple[object, ...], list[StageFacts]] = {}
+    by_rank: list[dict[str, object]] = []
+    by_stage: dict[int, dict[str, object]] = {}
+    for index in range(parallel.pipeline):
+        stages = rank_stages(model, parallel, index)
+        kind = tuple(_kind(config, stage) for stage in stages)
+        if kind not in built:
+            report(f"building pipeline rank {index} of {parallel.pipeline}")
+            built[kind] = build_rank(config, ranks, index)
+        row, rows = _describe(config, ranks, index, pipe, built[kind])
+        by_rank.append(row)
+        by_stage.update(rows)
+    return {
+        "num_params": num_parameters(model),
+        "ranks": ranks,
+        "microbatches": microbatches,
+        "global_batch": config.data.global_batch,
+        "stages": [by_stage[stage] for stage in sorted(by_stage)],
+        "pipeline_ranks": by_rank,
+    }
+
+
+def build_rank(config: RunConfig, ranks: int, pipeline_index: int) -> list[StageFacts]:
+    """Build the first rank of a pipeline index on a fake group, run its stages and one update; return its stages."""
+    parallel = config.parallel
+    with fake_group(ranks, pipeline_index * (ranks // parallel.pipeline)):
+        mesh = build_mesh(parallel, torch.device("cpu"))
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        engine = NativeEngine(config, mesh, _without_values(splittable(config.model, config.run.seed), mode))
+        with mode:
+            memories = [
+                measure_stage(_stage_run(config, engine, stage, mesh), ActivationLog(state_groups(mesh)))
+                for stage in engine.stages
+            ]
+            engine.finish_gradients()
+            gradients = [shard.gradient() for shard in engine.shards]
+            engine.optimizer.step(gradients, config.optimizer.lr, torch.ones((), dtype=torch.float64))
+        facts = [_facts(engine, stage, memory) for stage, memory in zip(engine.stages, memories, strict=True)]
+        engine.close()
+    return facts
+
+
+def _kind(config: RunConfig, stage: StagePlan) -> tuple[object, ...]:
+    """Return what a stage's memory depends on."""
+    experts = sum(config.model.has_experts(layer) for layer in stage.layers)
+    return stage.first, stage.last, len(stage.layers), experts
+
+
+def _without_values(model: SplittableModel, mode: FakeTensorMode) -> SplittableModel:
+    """Return the model with tensors that have shapes and no values."""
+
+    def allocate_shapes(module: nn.Module, device: torch.device) -> None:
+        with mode:
+            allocate(module, device)
+
+    return replace(model, allocate=allocate_shapes, initialise=lambda shard: None)
+
+
+def state_groups(mesh: Mesh) -> list[str]:
+    """Return the names of the process groups over which ZeRO gathers and reduces."""
+    axes = (mesh.zero, mesh.shard, mesh.replicate, mesh.expert.zero, mesh.expert.shard, mesh.expert.replicate)
+    return [axis.group.group_name for axis in axes]
+
+
+def _stage_run(config: RunConfig, engine: NativeEngine, stage: SplitStage, mesh: Mesh) -> StageRun:
+    """Return a stage with a microbatch that has no values."""
+    data, parallel = config.data, config.parallel
+    share = data.seq_len // mesh.cp.size
+    length = share // mesh.tp.size if parallel.sequence else share
+    first, last = stage.part.index == 0, stage.part.index == stage.part.count - 1
+    dtype = DTYPES[config.precision.compute]
+
+    def enter() -> Tensor:
+        if first:
+            return torch.empty((data.microbatch, share), dtype=torch.int64)
+        return torch.empty((data.microbatch, length, config.model.hidden_size), dtype=dtype, requires_grad=True)
+
+    extras = {"samples": torch.empty((data.microbatch,), dtype=torch.int64)}
+    if data.document_mask:
+        extras["documents"] = torch.empty((data.microbatch, data.seq_len), dtype=torch.int64)
+    targets = torch.empty((data.microbatch, share), dtype=torch.int64)
+    loss = engine.loss if last else None
+    return StageRun(stage.part, enter, loss, targets, extras, parallel.zero, keeps=parallel.pipeline > 1)
+
+
+def _facts(engine: NativeEngine, stage: SplitStage, memory: StageMemory) -> StageFacts:
+    ours = {id(shard) for shard in stage.shards}
+    slots = [slot for shard, slot in zip(engine.shards, engine.optimizer.slots, strict=True) if id(shard) in ours]
+    moments = storage_bytes(moment for slot in slots for moment in (slot.exp_avg, slot.exp_avg_sq))
+    return StageFacts(storage_bytes(shard.tensor for shard in stage.shards), moments, memory)
+
+
+def _describe(
+    config: RunConfig, ranks: int, pipeline_index: int, pipe: Pipe, built: list[StageFacts]
+) -> tuple[dict[str, object], dict[int, dict[str, object]]]:
+    """Return the rows of a pipeline rank and of its stages."""
+    parallel, model, precision = config.parallel, config.model, config.precision
+    data = ranks // parallel.model_ranks
+    place = place_of(parallel, data, pipeline_index, 0)
+    traffic = _traffic_row(step_traffic(Shapes(model, parallel, precision, config.data, place, data)))
+    order = pipe.order(pipeline_index)
+    stages = rank_stages(model, parallel, pipeline_index)
+    rows: dict[int, dict[str, object]] = {}
+    total = dict.fromkeys(_SUMMED, 0)
+    for stage, facts in zip(stages, built, strict=True):
+        sizes = {
+            "param_bytes": facts.param_bytes,
+            "gathered_param_bytes": gathered_bytes(model, parallel, precision, place, stage),
+            "grad_bytes": gradient_bytes(model, parallel, precision, place, stage, pipe.microbatches),
+            "optimizer_bytes": facts.optimizer_bytes,
+        }
+        total = {name: total[name] + sizes[name] for name in _SUMMED}
+        own = [action for action in order if action.stage == stage.index]
+        peak = most_activations(pipe, own, {stage.index: facts.activations})
+        where = {"stage": stage.index, "pipeline_rank": pipeline_index}
+        layers = {"first_layer": stage.layers.start, "num_layers": len(stage.layers)}
+        microbatch = asdict(facts.activations)
+        rows[stage.index] = {
+            **where,
+            **layers,
+            **sizes,
+            "peak_activation_bytes": peak,
+            "microbatch": microbatch,
+            "traffic": traffic,
+        }
+    memories = {stage.index: facts.activations for stage, facts in zip(stages, built, strict=True)}
+    peak = most_activations(pipe, order, memories)
+    return {
+        "pipeline_rank": pipeline_index,
+        "stages": [stage.index for stage in stages],
+        **total,
+        "peak_activation_bytes": peak,
+        "peak_bytes": sum(total.values()) + peak,
+        "traffic": traffic,
+    }, rows
+
+
+_SUMMED = ("param_bytes", "gathered_param_bytes", "grad_bytes", "optimizer_bytes")
+
+
+def _traffic_row(traffic: Traffic) -> dict[str, dict[str, dict[str, int]]]:
+    """Return collectives of a step by axis and kind."""
+    rows: dict[str, dict[str, dict[str, int]]] = {}
+    for (axis, kind), count in sorted(traffic.counts.items()):
+        entry = {"count": count, "payload_bytes": traffic.payload_bytes[axis, kind]}
+        rows.setdefault(axis, {})[kind] = entry
+    return rows
