@@ -79,8 +79,9 @@ def _forget_placements() -> None:
     if clear is not None:
         clear()
     shapes = getattr(_sharding_prop.ShardingPropagator, "_propagate_tensor_meta_cached", None)
-    if hasattr(shapes, "cache_clear"):
-        shapes.cache_clear()
+    clear = getattr(shapes, "cache_clear", None)
+    if clear is not None:
+        clear()
 
 
 def usable_cores() -> int:

@@ -32,11 +32,12 @@ class Bounds:
 BOUNDS = {
     "fp32": Bounds(1e-5, 1e-5, 1e-5, math.inf, 1e-6),
     "fp64": Bounds(1e-9, 1e-9, 1e-9, 1e-9, 1e-9),
-    "bf16": Bounds(1e-2, 1e-1, math.inf, 0.25, 1e-2),
+    "bf16": Bounds(5e-3, 5e-2, math.inf, 0.2, 1e-3),
 }
 """By precision. In bf16 each layer's output is rounded to 1 / 256, and Adam makes a whole step of the sign of a small
 gradient, so weights say nothing; the gradients of the first step, tensor by tensor, do: a sum that was dropped or taken
-twice moves one of them by half.
+twice moves one of them by half. Tiny models over 79 layouts and 3 steps: loss 3e-5, norm 8e-4, gradients 0.07 (experts,
+whose router may choose otherwise; 0.02 without).
 """
 
 

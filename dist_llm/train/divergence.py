@@ -187,12 +187,13 @@ def _forward_order(model: ModelConfig) -> list[str]:
 
 
 def _outputs(traces: Sequence[Trace]) -> dict[str, float]:
-    """Return the squares of every part's output, over all tokens once."""
+    """Return the squares of every part's output over all tokens, the mean of those that tp ranks have alike."""
     total: dict[str, float] = {}
-    for look in (trace.look for trace in traces):
-        if look is not None and (look.spread or look.place["tp"] == 0):
-            for name, squares in look.outputs.items():
-                total[name] = total.get(name, 0.0) + squares
+    looks = [trace.look for trace in traces if trace.look is not None]
+    tp = max((look.place["tp"] for look in looks), default=0) + 1
+    for look in looks:
+        for name, squares in look.outputs.items():
+            total[name] = total.get(name, 0.0) + squares / (1 if look.spread else tp)
     return total
 
 

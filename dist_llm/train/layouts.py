@@ -9,6 +9,8 @@ from dist_llm.config.model import ModelConfig
 from dist_llm.config.parallel import ParallelConfig
 from dist_llm.config.run import RunConfig
 
+_DEFAULTS = ParallelConfig().model_dump()
+
 
 @dataclass(frozen=True)
 class Case:
@@ -48,10 +50,16 @@ def _quick(variant: str, ranks: int, accumulation: int, **parallel: object) -> C
     return Case(variant, parallel, ranks, accumulation, quick=True)
 
 
+def _staged(variant: str, ranks: int, schedule: str, chunks: int, **parallel: object) -> Case:
+    """Return a case of two pipeline ranks and four microbatches."""
+    stages = {"pipeline": 2, "schedule": schedule, "virtual_pipeline": chunks}
+    return Case(
+        variant, {**{key: value for key, value in stages.items() if value != _DEFAULTS[key]}, **parallel}, ranks, 4
+    )
+
+
 MOST_RANKS = 16
 """The largest layout that is tried: each rank is a process of this machine."""
-
-_DEFAULTS = ParallelConfig().model_dump()
 
 _EXPERTS: dict[str, object] = {"num_experts": 4, "top_k": 2, "num_shared": 1, "num_dense_layers": 1}
 _ROUTING: dict[str, dict[str, object]] = {
@@ -116,100 +124,46 @@ CASES: tuple[Case, ...] = (
     _case("gpt2", 16, 4, tensor=2, pipeline=2, context=2, context_method="ulysses", data=2, zero=3),
     _case("experts", 16, 4, tensor=2, sequence=True, pipeline=2, context=2, data=2, expert=4, zero=1),
     # What was left of the pairs of axis, schedule, ZeRO stage, recompute and variant (tests/unit/train/pairs.py).
-    _case("as-given", 4, 4, pipeline=2, schedule="gpipe", context=2, context_method="ulysses", zero=2),
-    _case(
-        "as-given",
-        8,
-        4,
-        pipeline=2,
-        schedule="zero_bubble",
-        virtual_pipeline=2,
-        tensor=2,
-        sequence=True,
-        zero=3,
-        replicate=2,
-        recompute="full",
-        data=2,
-    ),
-    _case("untied", 4, 4, pipeline=2, data=2, zero=2, replicate=2),
-    _case("untied", 4, 4, pipeline=2, schedule="zero_bubble", virtual_pipeline=2, data=2, zero=2, recompute="full"),
-    _case("untied", 4, 4, pipeline=2, schedule="dualpipev", zero=3, replicate=2, data=2),
-    _case(
-        "untied",
-        8,
-        4,
-        pipeline=2,
-        schedule="interleaved",
-        tensor=2,
-        context=2,
-        zero=0,
-        recompute="full",
-        virtual_pipeline=2,
-    ),
-    _case("untied", 8, 4, pipeline=2, schedule="zero_bubble", context=2, zero=3, replicate=2, data=2),
-    _case("untied", 8, 4, pipeline=2, schedule="zbv", context=2, context_method="ulysses", data=2, replicate=2, zero=1),
-    _case("odd-vocabulary", 4, 4, pipeline=2, schedule="gpipe", context=2, zero=0, recompute="full"),
-    _case("odd-vocabulary", 4, 4, pipeline=2, schedule="zbv", data=2, zero=0),
-    _case("odd-vocabulary", 4, 4, pipeline=2, schedule="zero_bubble", data=2, zero=0),
-    _case(
+    _staged("as-given", 4, "gpipe", 1, context=2, context_method="ulysses", zero=2),
+    _staged("as-given", 8, "zero_bubble", 2, tensor=2, sequence=True, data=2, replicate=2, zero=3, recompute="full"),
+    _staged("untied", 4, "1f1b", 1, data=2, replicate=2, zero=2),
+    _staged("untied", 4, "zero_bubble", 2, data=2, zero=2, recompute="full"),
+    _staged("untied", 4, "dualpipev", 1, data=2, replicate=2, zero=3),
+    _staged("untied", 8, "interleaved", 2, tensor=2, context=2, zero=0, recompute="full"),
+    _staged("untied", 8, "zero_bubble", 1, context=2, data=2, replicate=2, zero=3),
+    _staged("untied", 8, "zbv", 1, context=2, context_method="ulysses", data=2, replicate=2, zero=1),
+    _staged("odd-vocabulary", 4, "gpipe", 1, context=2, zero=0, recompute="full"),
+    _staged("odd-vocabulary", 4, "zbv", 1, data=2, zero=0),
+    _staged("odd-vocabulary", 4, "zero_bubble", 1, data=2, zero=0),
+    _staged(
         "odd-vocabulary",
         8,
-        4,
-        pipeline=2,
-        schedule="zero_bubble",
-        virtual_pipeline=2,
+        "zero_bubble",
+        2,
         context=2,
         context_method="ulysses",
+        data=2,
         replicate=2,
-        recompute="full",
         zero=1,
-        data=2,
-    ),
-    _case(
-        "odd-vocabulary", 8, 4, pipeline=2, schedule="dualpipev", context=2, context_method="ulysses", data=2, zero=2
-    ),
-    _case(
-        "odd-vocabulary",
-        8,
-        4,
-        pipeline=2,
-        schedule="interleaved",
-        tensor=2,
-        sequence=True,
-        data=2,
-        zero=3,
-        replicate=2,
         recompute="full",
-        virtual_pipeline=2,
     ),
-    _case("gpt2", 4, 4, pipeline=2, schedule="zbv", data=2, zero=0),
-    _case("gpt2", 4, 4, pipeline=2, schedule="zero_bubble", data=2, replicate=2, recompute="full", zero=1),
-    _case(
-        "gpt2",
-        8,
-        4,
-        pipeline=2,
-        schedule="gpipe",
-        tensor=2,
-        sequence=True,
-        zero=3,
-        replicate=2,
-        recompute="full",
-        data=2,
+    _staged("odd-vocabulary", 8, "dualpipev", 1, context=2, context_method="ulysses", data=2, zero=2),
+    _staged(
+        "odd-vocabulary", 8, "interleaved", 2, tensor=2, sequence=True, data=2, replicate=2, zero=3, recompute="full"
     ),
-    _case(
-        "gpt2-untied", 4, 4, pipeline=2, schedule="zero_bubble", virtual_pipeline=2, context=2, zero=2, recompute="full"
-    ),
-    _case("gpt2-untied", 4, 4, pipeline=2, schedule="zbv", context=2, context_method="ulysses", zero=1),
-    _case("gpt2-untied", 4, 4, pipeline=2, context=2, zero=2),
-    _case("gpt2-untied", 4, 4, pipeline=2, schedule="gpipe", data=2, zero=2, recompute="full"),
-    _case("gpt2-untied", 4, 4, pipeline=2, schedule="interleaved", data=2, zero=2, virtual_pipeline=2),
-    _case(
+    _staged("gpt2", 4, "zbv", 1, data=2, zero=0),
+    _staged("gpt2", 4, "zero_bubble", 1, data=2, replicate=2, zero=1, recompute="full"),
+    _staged("gpt2", 8, "gpipe", 1, tensor=2, sequence=True, data=2, replicate=2, zero=3, recompute="full"),
+    _staged("gpt2-untied", 4, "zero_bubble", 2, context=2, zero=2, recompute="full"),
+    _staged("gpt2-untied", 4, "zbv", 1, context=2, context_method="ulysses", zero=1),
+    _staged("gpt2-untied", 4, "1f1b", 1, context=2, zero=2),
+    _staged("gpt2-untied", 4, "gpipe", 1, data=2, zero=2, recompute="full"),
+    _staged("gpt2-untied", 4, "interleaved", 2, data=2, zero=2),
+    _staged(
         "gpt2-untied",
         8,
-        4,
-        pipeline=2,
-        schedule="zero_bubble",
+        "zero_bubble",
+        1,
         tensor=2,
         sequence=True,
         context=2,
@@ -217,64 +171,26 @@ CASES: tuple[Case, ...] = (
         zero=0,
         recompute="full",
     ),
-    _case(
-        "gpt2-untied", 8, 4, pipeline=2, schedule="dualpipev", tensor=2, replicate=2, recompute="full", zero=1, data=2
-    ),
-    _case(
-        "experts",
-        4,
-        4,
-        pipeline=2,
-        schedule="zero_bubble",
-        virtual_pipeline=2,
+    _staged("gpt2-untied", 8, "dualpipev", 1, tensor=2, data=2, replicate=2, zero=1, recompute="full"),
+    _staged("experts", 4, "zero_bubble", 2, context=2, context_method="ulysses", zero=2, recompute="full"),
+    _staged("experts", 4, "gpipe", 1, data=2, replicate=2, zero=3, recompute="full"),
+    _staged("experts", 8, "interleaved", 2, context=2, context_method="ulysses", data=2, replicate=2, zero=3),
+    _staged("experts-sigmoid", 4, "zero_bubble", 1, context=2, zero=3),
+    _staged(
+        "experts-sigmoid",
+        8,
+        "interleaved",
+        2,
         context=2,
         context_method="ulysses",
+        data=2,
+        expert=2,
+        replicate=2,
         zero=2,
         recompute="full",
     ),
-    _case("experts", 4, 4, pipeline=2, schedule="gpipe", zero=3, replicate=2, recompute="full", data=2),
-    _case(
-        "experts",
-        8,
-        4,
-        pipeline=2,
-        schedule="interleaved",
-        context=2,
-        context_method="ulysses",
-        zero=3,
-        replicate=2,
-        virtual_pipeline=2,
-        data=2,
-    ),
-    _case("experts-sigmoid", 4, 4, pipeline=2, schedule="zero_bubble", context=2, zero=3),
-    _case(
-        "experts-sigmoid",
-        8,
-        4,
-        pipeline=2,
-        schedule="interleaved",
-        context=2,
-        context_method="ulysses",
-        zero=2,
-        replicate=2,
-        expert=2,
-        recompute="full",
-        virtual_pipeline=2,
-        data=2,
-    ),
-    _case(
-        "experts-sigmoid",
-        8,
-        4,
-        pipeline=2,
-        schedule="zero_bubble",
-        virtual_pipeline=2,
-        tensor=2,
-        data=2,
-        zero=0,
-        expert=2,
-    ),
-    _case("experts-sigmoid", 8, 4, pipeline=2, schedule="dualpipev", tensor=2, sequence=True, data=2, zero=0, expert=2),
+    _staged("experts-sigmoid", 8, "zero_bubble", 2, tensor=2, data=2, expert=2, zero=0),
+    _staged("experts-sigmoid", 8, "dualpipev", 1, tensor=2, sequence=True, data=2, expert=2, zero=0),
 )
 """At least one case for each axis, schedule, ZeRO stage, family, tying and accumulation, for each pair of these that is
 legal, and mixes of up to 16 ranks. Dense models and layers of experts (dropless). The quick ones come 16 together.

@@ -58,7 +58,8 @@ LAYOUTS: tuple[tuple[int, dict[str, object], dict[str, object]], ...] = (
 BY_HAND: Mapping[str, Totals] = {
     # 4 layers and what is left at the root: 5 units; of 2 ranks each, once a step.
     "data=2 zero=1": {"shard all_gather": [10, 0], "shard reduce_scatter": [10, 0]},
-    # 4 microbatches of 4 layers, 4 regions each way, the embedding and the head: 4 x (4 x 4 + 2) on each of 2 ranks.
+    # 4 microbatches on each of 2 ranks: a layer gathers for 2 regions going forth, 2 going back and 2 recomputed;
+    # the head does once going forth, the embedding once going back.
     "tensor=2 sequence=True recompute=full": {"tp all_gather": [2 * 4 * (6 * 4 + 2), 0]},
 }
 """Numbers (not bytes) that a person can count, apart from the formulas."""

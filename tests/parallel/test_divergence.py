@@ -9,8 +9,9 @@ import pytest
 
 from dist_llm.config.run import RunConfig
 from dist_llm.runtime.pool import WorkerPool
+from dist_llm.train.compare import compare
 from dist_llm.train.divergence import first_divergence
-from dist_llm.train.layouts import Case, case_config
+from dist_llm.train.layouts import Case, baseline, case_config
 from dist_llm.train.trace import Trace, train_case
 from dist_llm.train.verify import refusal
 from tests.golden.curves import EOS, write_tokens
@@ -130,3 +131,26 @@ def test_a_sound_layout_differs_nowhere(pool: WorkerPool, prefix: Path) -> None:
     fault = Fault("ring merges without weights", 2, {})
     case = Case("as-given", {"tensor": 2, "sequence": True}, 2, 2)
     assert search(pool, prefix, fault, case) is None
+
+
+SEEN_IN_BF16 = (
+    "tp all-reduce dropped",
+    "gradient all-reduce dropped {'tensor': 2, 'sequence': True}",
+    "gradient all-reduce dropped {'pipeline': 2}",
+    "ZeRO averages gradients",
+    "second half of a backward run twice",
+)
+"""A dropped all-reduce, a missing norm sync, a tied pair apart, a wrong scale, and a gradient taken twice."""
+
+
+@pytest.mark.parametrize("name", SEEN_IN_BF16)
+def test_the_bounds_of_bf16_are_tight_enough(pool: WorkerPool, prefix: Path, name: str) -> None:
+    fault = next(fault for fault in FAULTS if f"{fault.name} {fault.parallel}".startswith(name))
+    config = tiny_config({}, {"vocab_size": EOS + 1}, {"microbatch": 2})
+    case = Case("as-given", sizes(fault), fault.ranks, 4)
+    one = pool.run(train_case, case_config(config, baseline("as-given"), "bf16"), prefix, EOS, 1, 0, world=1)
+    layout = case_config(config, case, "bf16")
+    sound = pool.run(train_case, layout, prefix, EOS, 1, 0, world=fault.ranks)
+    broken = pool.run(partial(broken_case, fault.name), layout, prefix, 1, 0, world=fault.ranks)
+    assert compare(case, sound, one, "bf16", 0.0).ok
+    assert not compare(case, broken, one, "bf16", 0.0).ok
