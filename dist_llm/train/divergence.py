@@ -101,14 +101,17 @@ class _Search:
         self._run, self._is_legal, self.bounds = run, is_legal, bounds
         self._order = _forward_order(model)
         self._references: dict[tuple[str, int], list[Trace]] = {}
+        self._latest: tuple[tuple[str, int], _Finding | None, list[Trace]] | None = None
 
     def at(self, case: Case, step: int) -> tuple[_Finding | None, list[Trace]]:
         """Return what differs at a step, and the traces of the case."""
-        key = (case.variant, step)
-        if key not in self._references:
-            self._references[key] = self._run(baseline(case.variant), step + 1, step)
-        traces = self._run(case, step + 1, step)
-        return self._finding(traces, self._references[key]), traces
+        what, key = (case.name, step), (case.variant, step)
+        if self._latest is None or self._latest[0] != what:
+            if key not in self._references:
+                self._references[key] = self._run(baseline(case.variant), step + 1, step)
+            traces = self._run(case, step + 1, step)
+            self._latest = (what, self._finding(traces, self._references[key]), traces)
+        return self._latest[1:]
 
     def first_step(self, case: Case, steps: int) -> int | None:
         """Return the first step (from 0) that differs, taking it that what differs once goes on to."""

@@ -72,7 +72,9 @@ def test_layouts_are_equal_and_all_legal(config: RunConfig, precision: str) -> N
 @pytest.mark.usefixtures("shared")
 @pytest.mark.parametrize(("precision", "steps"), [("fp64", 4), ("fp32", 20), ("bf16", 3)])
 def test_all_layouts_are_equal(config: RunConfig, precision: str, steps: int) -> None:
-    _assert_equal(verify_layout(config, precision=precision, steps=steps), least=60)
+    """In fp32 at a learning rate whose steps do not amplify rounding, as the promise says."""
+    calm = decode({**config.model_dump(), "optimizer": {"lr": 1e-3}}) if precision == "fp32" else config
+    _assert_equal(verify_layout(calm, precision=precision, steps=steps), least=60)
 
 
 @pytest.mark.usefixtures("shared")
