@@ -67,8 +67,9 @@ bench: setup ## time answers that train nothing, and training steps over layouts
 	@$(BIN)/python benchmarks/start.py
 	@$(BIN)/python benchmarks/step.py
 
-golden: setup ## regenerate the golden curves of tests/golden (review the diff)
+golden: setup ## regenerate the golden curves and collectives of tests (review the diff)
 	@$(BIN)/python tests/golden/regenerate.py
+	@$(BIN)/python tests/collectives/regenerate.py
 
 $(MADE):
 	@"$(PYTHON)" -c '$(FITS)' 2>/dev/null || { \

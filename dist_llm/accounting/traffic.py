@@ -183,7 +183,9 @@ def _add_finish(ledger: _Ledger, shapes: Shapes, stages: list[StagePlan], fsdp: 
     routers = sum(shapes.model.has_experts(layer) for stage in stages for layer in stage.layers)
     if routers and shapes.data_ranks * parallel.context > 1:
         ledger.add("zero", "all_reduce", 1, routers * shapes.model.moe.num_experts * 8)
-    ledger.add("world", "all_reduce", 1, (7 if shapes.model.moe.num_experts else 3) * 8)
+    moe = shapes.model.moe
+    figures = 0 if not moe.num_experts else 4 if moe.capacity_factor is None else 6
+    ledger.add("world", "all_reduce", 1, (3 + figures) * 8)
 
 
 def _edges(stage: StagePlan) -> list[int]:

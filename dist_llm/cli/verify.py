@@ -9,20 +9,33 @@ from dist_llm.cli.parse import Answer, Command, add_config, add_json, compose_ar
 from dist_llm.errors import ConfigError, ExitCode, Violation
 
 _CASES = """\
-The layout that the config asks for is compared first, then each of a fixed list that the model permits: every axis,
-schedule and ZeRO stage alone, and mixes of up to 8 ranks. A layout's name begins with the model that it trains:
-  as-given                  the model of the config (attention dropout taken as 0)
+The layout that the config asks for is compared first, then those of a fixed list that the model permits: every axis,
+schedule and ZeRO stage, each pair of them that is legal, and mixes of up to 16 ranks; or the 16 that tell most. A
+layout's name begins with the model that it trains:
+  as-given                  the model of the config (attention dropout taken as 0, experts as dropless)
   untied, odd-vocabulary    it with embedding and head untied, or with a vocabulary that 2 does not divide
   gpt2, gpt2-untied         it in GPT-2's layout (learned positions, LayerNorm, GELU, biases, dropout 0.1)
-accumulation is the number of microbatches in each rank's share of a batch."""
+  experts                   it with 4 experts a layer and a shared one: softmax, balance and z losses, moving biases
+  experts-sigmoid           the same with sigmoid scores, balanced by the biases alone
+accumulation is the number of microbatches in each rank's share of a batch. Where a layout differs, the report says
+where first: step, phase (forward, gradient, update), parameter, axis, and the smallest layout that still differs."""
 
 
 def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
     """Take a config, and which layouts to compare for how long."""
     parser.epilog = _CASES
     add_config(parser)
-    parser.add_argument("--fp64", action="store_true", help="in double precision, to 1e-9 (default: fp32, to 1e-5)")
-    parser.add_argument("--layouts", default="all", metavar="TEXT", help="only layouts whose name contains TEXT")
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "fp64", "bf16"),
+        default="fp32",
+        help="format to compare in: fp32 to 1e-5 (default), fp64 to 1e-9, bf16 to bounds of its own",
+    )
+    parser.add_argument("--fp64", action="store_true", help="the same as --precision fp64")
+    parser.add_argument(
+        "--set", choices=("quick", "all"), default="quick", help="the 16 layouts that tell most (default), or all"
+    )
+    parser.add_argument("--layouts", default="all", metavar="TEXT", help="only layouts, of all, named with TEXT")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="steps to train (default 20)")
     add_json(parser)
 
@@ -36,7 +49,8 @@ def layout(arguments: argparse.Namespace) -> Answer:
     return _answer(
         verify_layout(
             config,
-            fp64=arguments.fp64,
+            precision="fp64" if arguments.fp64 else arguments.precision,
+            chosen=arguments.set,
             layouts=arguments.layouts,
             steps=arguments.steps,
             report=_reporter(arguments),
@@ -89,10 +103,22 @@ def _describe(facts: Mapping[str, object]) -> str:
                 f"{_words(name)}: {key if '.' in key else _words(key)} {_shown(cell)}" for key, cell in value.items()
             )
         elif isinstance(value, list):
-            lines.extend(["", *_table(value), ""])
+            lines.extend(
+                ["", *_table([{key: cell for key, cell in row.items() if key != _FIRST} for row in value]), ""]
+            )
+            lines.extend(_first_divergence(row["layout"], row[_FIRST]) for row in value if row.get(_FIRST))
         elif name != "ok":
             lines.append(f"{_words(name)}: {_shown(value)}")
     return "\n".join([*lines, "equal" if facts.get("ok") is True else "NOT EQUAL"])
+
+
+def _first_divergence(layout: object, found: Mapping[str, object]) -> str:
+    """Return where a layout first differs, in a sentence."""
+    return (
+        f"{layout}: first differs at step {found['step']} in the {found['phase']}, {found['parameter']} "
+        f"({_shown(found['gap'])}; {found['differing']} beyond the bound), over {found['axis']} ({found['evidence']}); "
+        f"the smallest layout that differs: {_shown(found['smallest_layout'])}"
+    )
 
 
 def _table(rows: list[Mapping[str, object]]) -> list[str]:
@@ -102,6 +128,9 @@ def _table(rows: list[Mapping[str, object]]) -> list[str]:
     )
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+
+
+_FIRST = "first_divergence"
 
 
 def _words(key: str) -> str:

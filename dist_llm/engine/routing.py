@@ -48,25 +48,36 @@ class Routing:
         self.counts = dict(zip(layers, counts.unbind(0), strict=True))
 
     def sums(self, device: torch.device) -> Float64[Tensor, " sums"]:
-        """Return what is to be added up over the world: balance loss, z loss, largest loads, layers."""
-        sums = torch.zeros(4 if self._config.num_experts else 0, dtype=torch.float64, device=device)
+        """Return what is to be added up over the world: balance loss, z loss, largest loads, layers.
+
+        With a capacity also the rows that were dropped, and all rows.
+        """
+        if not self._config.num_experts:
+            return torch.zeros(0, dtype=torch.float64, device=device)
+        sums = torch.zeros(6, dtype=torch.float64, device=device)
         for _, router in self._named:
-            sums[:2] += router.tally.losses[router.layer]
+            sums[[0, 1, 4]] += router.tally.losses[router.layer]
             if self._mesh.tp.index == 0 and self._mesh.zero.index == 0:
                 count = self.counts[router.layer].double()
-                sums[2:] += torch.stack((count.max() / count.mean(), torch.ones_like(sums[0])))
-        return sums
+                sums[[2, 3, 5]] += torch.stack((count.max() / count.mean(), torch.ones_like(sums[0]), count.sum()))
+        return sums if self._config.capacity_factor is not None else sums[:4]
 
     def figures(self, sums: Sequence[float], tokens: int) -> dict[str, float]:
-        """Return what a person watches: both losses by token, and the largest load over the mean, mean over layers."""
+        """Return what a person watches: both losses by token, and the largest load over the mean, mean over layers.
+
+        With a capacity also the part of the rows that was dropped.
+        """
         if not sums:
             return {}
-        balance, z, load, layers = sums
-        return {
+        balance, z, load, layers, *capacity = sums
+        figures = {
             "router_balance_loss": balance / max(1, tokens),
             "router_z_loss": z / max(1, tokens),
             "router_max_load": load / max(1.0, layers),
         }
+        if capacity:
+            figures["router_dropped_fraction"] = capacity[0] / max(1.0, capacity[1])
+        return figures
 
     @torch.no_grad()
     def move_biases(self) -> None:

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dist_llm.config.model import ModelConfig
+from dist_llm.config.model import ModelConfig, MoEConfig
 from dist_llm.models.mlp import MLP
 from dist_llm.ops.grouped_linear import grouped_linear
 from dist_llm.ops.row_counts import kept_rows
@@ -40,7 +40,7 @@ class Tally:
         self.losses: dict[int, Tensor] = {}
 
     def add(self, layer: int, counts: Tensor, losses: Tensor) -> None:
-        """Add the tokens [E] that each expert of a layer was given, and the layer's balance and z losses [2]."""
+        """Add the tokens [E] that each expert of a layer was given; its balance and z losses and dropped rows [3]."""
         self.counts[layer] = self.counts[layer] + counts if layer in self.counts else counts
         self.losses[layer] = self.losses[layer] + losses if layer in self.losses else losses
 
@@ -63,6 +63,12 @@ class _Report(torch.autograd.Function):
         losses, counts = ctx.saved_tensors
         ctx.tally.add(ctx.layer, counts, losses * ctx.tally.share)
         return grads[0], torch.full_like(losses, ctx.tally.unit * ctx.tally.share), None, None, None
+
+
+def capacity(config: MoEConfig, choices: int) -> int:
+    """Return how many of so many choices an expert takes at most; all of them when nothing is dropped."""
+    factor = config.capacity_factor
+    return choices if factor is None else -int(-factor * choices // config.num_experts)
 
 
 class Router(nn.Module):
@@ -102,8 +108,10 @@ class Router(nn.Module):
         load = per_sequence * (config.num_experts / config.top_k) / tokens
         balance = config.balance_loss * (load * probabilities.sum(1)).sum()
         z = config.z_loss * logits.logsumexp(-1).square().sum()
+        counts = given.sum(0)
+        dropped = (counts - capacity(config, chosen.numel())).clamp(min=0).sum().to(z.dtype)
         out: Tensor = _Report.apply(  # type: ignore[no-untyped-call]
-            weights, torch.stack((balance, z)), given.sum(0), self.layer, self.tally
+            weights, torch.stack((balance, z, dropped)), counts, self.layer, self.tally
         )
         return out
 
@@ -194,7 +202,7 @@ class MoE(nn.Module):
         rows = expert.argsort(stable=True)
         if self.config.capacity_factor is None:
             return rows, counts
-        most = -int(-self.config.capacity_factor * expert.numel() // self.config.num_experts)
+        most = capacity(self.config, expert.numel())
         starts = counts.cumsum(0) - counts
         place = torch.arange(rows.numel(), device=rows.device) - starts[expert[rows]]
         return kept_rows(rows, place < most, self.config.num_experts * most), counts.clamp(max=most)

@@ -64,7 +64,24 @@ def stop_process() -> None:
     """
     if dist.is_initialized():
         dist.destroy_process_group()
+    _forget_placements()
     gc.collect()
+
+
+def _forget_placements() -> None:
+    """Empty DTensor's caches: they are keyed by meshes, which hold the groups of every layout that ever ran here."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return
+    from torch.distributed.tensor import _sharding_prop, debug
+
+    # torch has no public name for either; where a version lacks one there is nothing to empty.
+    clear = getattr(debug, "_clear_sharding_prop_cache", None)
+    if clear is not None:
+        clear()
+    shapes = getattr(_sharding_prop.ShardingPropagator, "_propagate_tensor_meta_cached", None)
+    clear = getattr(shapes, "cache_clear", None)
+    if clear is not None:
+        clear()
 
 
 def usable_cores() -> int:

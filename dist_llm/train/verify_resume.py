@@ -30,7 +30,7 @@ from dist_llm.runtime.seed import set_determinism
 from dist_llm.train.checkpoints import Checkpoints
 from dist_llm.train.identity import identity_of, layout_of, recipe_of
 from dist_llm.train.layouts import MOST_RANKS, ranks_for
-from dist_llm.train.verify import Rectangle, assemble
+from dist_llm.train.trace import Rectangle, assemble
 
 MOVES: tuple[Mapping[str, object], ...] = (
     {},
@@ -40,6 +40,12 @@ MOVES: tuple[Mapping[str, object], ...] = (
     {"data": 4, "zero": 3},
 )
 """Layouts that a checkpoint is moved to: one process, and mixes of four ranks."""
+
+EXPERT_MOVES: tuple[Mapping[str, object], ...] = (
+    {"data": 4, "expert": 4, "zero": 2},
+    {"pipeline": 2, "data": 2, "expert": 2, "zero": 3},
+)
+"""Those of a model with experts, too."""
 
 
 @dataclass
@@ -140,7 +146,7 @@ def verify_resume(
         root = Path(folder) / f"stop-{middle}"
         saved = _digests(run(Leg(middle, middle), root))
         order = _order(run(Leg(middle, middle + 1), root))
-        for parallel in MOVES:
+        for parallel in (*MOVES, *(EXPERT_MOVES if config.model.moe.num_experts else ())):
             moved, world = _moved_config(config, parallel)
             violations = check(moved, world)
             if violations:

@@ -32,7 +32,7 @@ class Ledger(TorchDispatchMode):
         if mesh.ends is not None:
             axes.append(mesh.ends)
         self._names: dict[str, str] = {}
-        self._canonical = {axis.name: self._names.setdefault(axis.group.group_name, axis.name) for axis in axes}
+        self.canonical = {axis.name: self._names.setdefault(axis.group.group_name, axis.name) for axis in axes}
         self.counts: Counter[tuple[str, str]] = Counter()
         self.bytes: Counter[tuple[str, str]] = Counter()
 
@@ -40,7 +40,7 @@ class Ledger(TorchDispatchMode):
         """Add up axes that are one and the same process group here, as torch shares it (an axis that is the world)."""
         merged: Counter[tuple[str, str]] = Counter()
         for (axis, kind), value in by_axis.items():
-            merged[self._canonical[axis], kind] += value
+            merged[self.canonical[axis], kind] += value
         return dict(merged)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -50,25 +50,31 @@ EXPERT_LAYOUTS: list[tuple[int, dict[str, object]]] = [
 FP64: dict[str, object] = {"name": "fp64"}
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_layouts_agree_in_fp64(pool: WorkerPool, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "steps"), [("llama", 3), *(pytest.param(name, 5, marks=pytest.mark.slow) for name in MODELS)]
+)
+def test_layouts_agree_in_fp64(pool: WorkerPool, name: str, steps: int) -> None:
     def config(parallel: dict[str, object]) -> RunConfig:
         return tiny_config(parallel, MODELS[name], precision=FP64)
 
-    one = pool.run(curve, config({}), world=1)[0]
+    one = pool.run(curve, config({}), steps, world=1)[0]
     gaps = {}
     for ranks, parallel in LAYOUTS:
-        for rank, ours in enumerate(pool.run(curve, config(parallel), world=ranks)):
+        for rank, ours in enumerate(pool.run(curve, config(parallel), steps, world=ranks)):
             gaps[f"{parallel} rank {rank}"] = largest_gap(ours, one)
     assert max(gaps.values()) <= FP64_FEW_STEPS, {at: gap for at, gap in gaps.items() if gap > FP64_FEW_STEPS}
 
 
-@pytest.mark.parametrize("model", [MOE, SIGMOID_MOE], ids=["softmax", "sigmoid"])
-def test_experts_agree_in_fp64(pool: WorkerPool, model: dict[str, object]) -> None:
-    one = pool.run(curve, tiny_config({}, model, precision=FP64), world=1)[0]
+@pytest.mark.parametrize(
+    ("model", "steps"),
+    [(MOE, 3), *(pytest.param(model, 5, marks=pytest.mark.slow) for model in (MOE, SIGMOID_MOE))],
+    ids=["softmax", "softmax, longer", "sigmoid"],
+)
+def test_experts_agree_in_fp64(pool: WorkerPool, model: dict[str, object], steps: int) -> None:
+    one = pool.run(curve, tiny_config({}, model, precision=FP64), steps, world=1)[0]
     gaps = {}
     for ranks, parallel in EXPERT_LAYOUTS:
-        for rank, ours in enumerate(pool.run(curve, tiny_config(parallel, model, precision=FP64), world=ranks)):
+        for rank, ours in enumerate(pool.run(curve, tiny_config(parallel, model, precision=FP64), steps, world=ranks)):
             gaps[f"{parallel} rank {rank}"] = largest_gap(ours, one)
     assert max(gaps.values()) <= FP64_FEW_STEPS, {at: gap for at, gap in gaps.items() if gap > FP64_FEW_STEPS}
 

@@ -77,7 +77,12 @@ def test_verify_layout_compares(
     words = ["verify", "layout", "experiment=quickstart", "--fp64", "--steps", "3", "--layouts", "tp"]
     assert main([*words, "--json"]) == (ExitCode.DONE if ok else ExitCode.NUMERICS)
     assert json.loads(capsys.readouterr().out) == facts
-    assert (call.kwargs["fp64"], call.kwargs["steps"], call.kwargs["layouts"]) == (True, 3, "tp")
+    assert {key: call.kwargs[key] for key in ("precision", "steps", "layouts", "chosen")} == {
+        "precision": "fp64",
+        "steps": 3,
+        "layouts": "tp",
+        "chosen": "quick",
+    }
     assert call.args[0].run.name == "quickstart"
     main(words)
     lines = capsys.readouterr().out.splitlines()
@@ -90,6 +95,31 @@ def test_verify_layout_compares(
         "",
         "not legal: pp4 parallel.pipeline=4 is too many",
         "equal" if ok else "NOT EQUAL",
+    ]
+
+
+def test_verify_layout_says_where_it_first_differs(
+    replace: Callable[[str, Any], _Call], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {"step": 2, "phase": "gradient", "parameter": "embed.tokens.weight", "axis": "dp", "gap": 0.5125}
+    more = {"differing": 38, "evidence": "replicas differ", "smallest_layout": "data=2"}
+    rows = [
+        {"layout": "dp2", "ok": False, "first_divergence": {**found, **more}},
+        {"layout": "tp2", "ok": True, "first_divergence": None},
+    ]
+    call = replace("dist_llm.train.verify.verify_layout", {"ok": False, "layouts": rows})
+    words = ["verify", "layout", "experiment=quickstart", "--precision", "bf16", "--set", "all"]
+    assert main(words) == ExitCode.NUMERICS
+    assert (call.kwargs["precision"], call.kwargs["chosen"]) == ("bf16", "all")
+    assert capsys.readouterr().out.splitlines() == [
+        "",
+        "layout  ok",
+        "dp2     NO",
+        "tp2     yes",
+        "",
+        "dp2: first differs at step 2 in the gradient, embed.tokens.weight (0.51; 38 beyond the bound), over dp "
+        "(replicas differ); the smallest layout that differs: data=2",
+        "NOT EQUAL",
     ]
 
 

@@ -9,7 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_tensor
 
 from dist_llm.errors import DataError, PeerLostError
 from dist_llm.runtime.pool import RankFailure, WorkerPool
@@ -109,3 +112,20 @@ def test_a_jobs_groups_and_their_threads_end_with_it(pool: WorkerPool) -> None:
         with pytest.raises(DataError):
             pool.run(leave_groups_to_an_error, world=2)
     assert pool.run(threads, world=2) == after_one
+
+
+def shard_once(size: int) -> None:
+    """Lay a tensor out over a mesh of one rank, as ZeRO does."""
+    mesh = init_device_mesh("cpu", (1,) * size)
+    whole = distribute_tensor(torch.ones(4), mesh, [Replicate()] * size)
+    assert float((whole + whole).sum().full_tensor()) == 8.0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_caches_of_torch_keep_no_groups(pool: WorkerPool) -> None:
+    """DTensor's caches are keyed by meshes, so each new layout would stay, and its threads would poll on."""
+    pool.run(shard_once, 1, world=1)
+    after_one = pool.run(threads, world=1)
+    for size in (2, 3, 4):
+        pool.run(shard_once, size, world=1)
+    assert pool.run(threads, world=1) == after_one

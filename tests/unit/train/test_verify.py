@@ -11,8 +11,10 @@ import pytest
 from dist_llm.config.run import RunConfig
 from dist_llm.errors import ConfigError
 from dist_llm.runtime.pool import WorkerPool
+from dist_llm.train.compare import compare
 from dist_llm.train.layouts import CASES, Case, baseline, case_config, given, misfit
-from dist_llm.train.verify import KeyBias, Trace, choose, compare, excluded_settings
+from dist_llm.train.trace import KeyBias, Look, Trace
+from dist_llm.train.verify import choose, excluded_settings
 from tests.parallel.tiny import GPT2, build, random_batch, tiny_config
 
 CASE = Case("as-given", {"data": 2}, 2, 1)
@@ -132,3 +134,36 @@ def test_attention_dropout_is_named_as_left_out() -> None:
     assert excluded_settings(tiny_config().model) == {}
     said = excluded_settings(tiny_config(model={"attention_dropout": 0.2}).model)
     assert said["model.attention_dropout"].startswith("0.2 taken as 0")
+
+
+def test_capacity_is_named_as_left_out_and_taken_as_dropless() -> None:
+    dropping = tiny_config(model={"moe": {"num_experts": 4, "capacity_factor": 1.25}})
+    said = excluded_settings(dropping.model)
+    assert said["model.moe.capacity_factor"].startswith("1.25 taken as null (dropless): which rows")
+    assert case_config(dropping, CASE, "fp32").model.moe.capacity_factor is None
+    assert excluded_settings(tiny_config(model={"moe": {"capacity_factor": 1.25}}).model) == {}
+
+
+def test_a_quick_choice_is_a_few_and_a_text_searches_all() -> None:
+    quick = choose(tiny_config(), "all", "quick")
+    assert [case.name for case in quick] == [case.name for case in CASES if case.quick]
+    rare = next(case for case in CASES if not case.quick)
+    assert choose(tiny_config(), rare.name, "quick") == [rare]
+    own = tiny_config({"tensor": 4, "recompute": "full"}, launcher={"nproc": 4})
+    assert len(choose(own, "all", "quick")) == len(quick) + 1
+
+
+@pytest.mark.parametrize(("gap", "found"), [(0.4, True), (1e-3, False)])
+def test_bf16_judges_the_first_gradients_and_not_the_weights(gap: float, found: bool) -> None:
+    """A sum that lacks a part moves a gradient by half; rounding, by a hundredth."""
+    one, other = deepcopy(ONE), deepcopy(ONE)
+    one[0].look, other[0].look = (looked(1.0), looked(1.0 + gap))
+    other[0].weights[0][3][:] *= 2
+    row = compare(CASE, other, one, "bf16", 0.0)
+    assert row.ok is not found
+    assert row.worst_gradient == "w"
+
+
+def looked(value: float) -> Look:
+    """Return a look at a step whose only gradient holds a value."""
+    return Look({"pp": 0, "dp": 0, "cp": 0, "tp": 0}, True, {}, [("w", (2,), (0,), np.full(2, value))])
