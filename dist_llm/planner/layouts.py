@@ -1,6 +1,6 @@
 """Which layouts of a model on so many ranks are legal: every combination that breaks none of config/rules.py.
 
-    tensor, context, pipeline and data multiply to the ranks; schedule and chunks; sequence, context method, expert;
+    tensor, context, pipeline and data multiply to the ranks; schedule and chunks; sequence, context method and heads, expert;
     zero and replicate
 
 Settings are chosen in that order, and a rule is asked as soon as all that it reads is chosen, so a wrong split is left
@@ -25,7 +25,7 @@ Choice = dict[str, object]
 _ORDER: tuple[tuple[str, ...], ...] = (
     ("tensor", "context", "pipeline", "data"),
     ("schedule", "virtual_pipeline"),
-    ("sequence", "context_method", "expert"),
+    ("sequence", "context_method", "context_heads", "expert"),
     ("zero", "replicate"),
 )
 
@@ -92,7 +92,7 @@ def _extend(config: RunConfig, ranks: int, asked: list[list[Rule]], choice: Choi
 
 _PLAIN: Choice = {
     name: getattr(ParallelConfig(), name)
-    for name in ("virtual_pipeline", "schedule", "sequence", "context_method", "expert", "zero", "replicate")
+    for name in _ORDER[1] + _ORDER[2] + _ORDER[3]
 }
 
 
@@ -123,9 +123,18 @@ def _schedules(config: RunConfig, ranks: int, choice: Choice) -> Iterator[Choice
 def _regions(config: RunConfig, ranks: int, choice: Choice) -> Iterator[Choice]:
     experts = config.model.moe.num_experts
     for sequence in (False, True) if choice["tensor"] != 1 else (False,):
-        for method in ("ring", "ulysses") if choice["context"] != 1 else ("ring",):
+        for method, heads in _context_methods(int(str(choice["context"]))):
             for expert in divisors(experts) if experts else (1,):
-                yield {"sequence": sequence, "context_method": method, "expert": expert}
+                yield {"sequence": sequence, "context_method": method, "context_heads": heads, "expert": expert}
+
+
+def _context_methods(context: int) -> Iterator[tuple[str, int]]:
+    """Yield the methods with their number of ranks that exchange heads; of mixed those that are none of the others."""
+    yield "ring", 1
+    if context > 1:
+        yield "ulysses", 1
+        for heads in divisors(context)[1:-1]:
+            yield "mixed", heads
 
 
 def _shards(config: RunConfig, ranks: int, choice: Choice) -> Iterator[Choice]:

@@ -12,6 +12,7 @@ from tests.tolerances import FP64_FEW_STEPS, LOW_PRECISION_LOSS, VISIBLE, VISIBL
 
 UNTIED: dict[str, object] = {"tie_embeddings": False, "qk_norm": True}
 MODELS: dict[str, dict[str, object]] = {"llama": {}, "gpt2": GPT2, "untied": UNTIED}
+MIXED: dict[str, object] = {"context": 4, "context_method": "mixed", "context_heads": 2}
 LAYOUTS: list[tuple[int, dict[str, object]]] = [
     (2, {"tensor": 2, "zero": 0}),
     (2, {"tensor": 2, "sequence": True}),
@@ -35,14 +36,20 @@ LAYOUTS: list[tuple[int, dict[str, object]]] = [
     (4, {"context": 4, "zero": 3}),
     (4, {"context": 2, "data": 2, "context_method": "ulysses", "zero": 2}),
     (8, {"context": 2, "tensor": 2, "sequence": True, "pipeline": 2, "zero": 1}),
+    (4, {**MIXED, "zero": 3, "recompute": "full"}),
+    (8, {**MIXED, "tensor": 2, "sequence": True, "zero": 1}),
+    (8, {**MIXED, "pipeline": 2, "schedule": "zbv", "zero": 2}),
+    (4, {"context": 4, "context_method": "ulysses", "zero": 0}),
 ]
-EXPERT_LAYOUTS: list[tuple[int, dict[str, object]]] = [
+EXPERT_MIXED: dict[str, object] = {"context": 4, "context_method": "mixed", "context_heads": 2}
+LAYOUTS: list[tuple[int, dict[str, object]]] = [
     (2, {"tensor": 2, "sequence": True}),
     (2, {"expert": 2, "zero": 0}),
     (4, {"expert": 2, "zero": 2}),
     (4, {"expert": 4, "zero": 3}),
     (4, {"expert": 2, "zero": 2, "replicate": 2}),
     (4, {"expert": 4, "context": 2}),
+    (4, {"expert": 4, **MIXED}),
     (8, {"expert": 2, "tensor": 2, "sequence": True, "pipeline": 2, "zero": 3, "recompute": "full"}),
     (8, {"expert": 2, "context": 2, "pipeline": 2, "schedule": "zbv", "zero": 2}),
     (4, {"expert": 2, "pipeline": 2, "schedule": "dualpipev", "zero": 3}),
@@ -82,6 +89,8 @@ def test_documents_are_masked_alike(pool: WorkerPool) -> None:
         {"tensor": 2, "sequence": True, "pipeline": 2},
         {"context": 2, "tensor": 2, "sequence": True},
         {"context": 2, "context_method": "ulysses", "pipeline": 2},
+        {"context": 4},
+        MIXED,
     ]
     for split in splits:
         ours = pool.run(curve, tiny_config(split, None, data, precision=FP64), world=4)[3]
@@ -139,6 +148,8 @@ def test_evaluation_agrees_and_changes_nothing(pool: WorkerPool) -> None:
         (4, {"pipeline": 2, "zero": 2}),
         (2, {"tensor": 2, "sequence": True}),
         (2, interleaved),
+        (4, {"context": 2, "pipeline": 2}),
+        (4, MIXED),
     )
     for ranks, parallel in layouts:
         for ours in pool.run(eval_losses, tiny_config(parallel, GPT2, precision=FP64), world=ranks):
