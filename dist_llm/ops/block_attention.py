@@ -44,7 +44,7 @@ class Piece:
     def _wide(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return query [B, G, R, q, d], key and value in the format of sums."""
         into = wide(self.query.dtype)
-        query = self.query.unflatten(1, (self.key.shape[1], -1))
+        query = torch.unflatten(self.query, 1, (self.key.shape[1], -1))
         return query.to(into), self.key.to(into), self.value.to(into)
 
     def scores(self) -> Float[Tensor, "batch groups repeats queries keys"]:
@@ -94,7 +94,7 @@ def gradients(
     out, lse: over all keys, of this piece and the others.
     """
     query, key, value = piece._wide()
-    whole, grad, sums = (x.unflatten(1, query.shape[1:3]).to(query.dtype) for x in (out, grad_out, lse))
+    whole, grad, sums = (torch.unflatten(x, 1, query.shape[1:3]).to(query.dtype) for x in (out, grad_out, lse))
     weights = torch.exp(piece.scores() - sums[..., None])
     grad_value = torch.einsum("bgrqk,bgrqd->bgkd", weights, grad)
     grad_weights = torch.einsum("bgrqd,bgkd->bgrqk", grad, value)

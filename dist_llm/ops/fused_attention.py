@@ -1,7 +1,7 @@
 """The pieces of ops/block_attention.py by torch's fused kernels, which never hold all scores at once.
 
     cpu, meta   flash attention; takes every format, masks and grouped heads
-    cuda        flash attention without a mask, memory-efficient attention with one; fp64 and odd widths by the reference
+    cuda        flash attention, memory-efficient attention with a mask or in fp32; the reference where neither takes it
 
 A backward gets output and log-sum-exp over *all* keys: weights exp(s - lse) are then those of the whole softmax.
 Sources: Dao et al. 2022 and Dao 2023 (flash); Rabe & Staats 2021 (memory-efficient); Liu et al. 2023 (over a ring).
@@ -132,8 +132,8 @@ def _kernel(piece: Piece) -> Any:
         if piece.mask is None and can_use_flash_attention(plain):
             return _FlashCuda()
         # As the efficient kernel sees it: a key head for every query head.
-        asked = [x.expand(-1, piece.query.shape[1], -1, -1) for x in (piece.key[:, :1], piece.value[:, :1])]
-        if can_use_efficient_attention(SDPAParams(piece.query, *asked, None, 0.0, piece.causal, False)):
+        key, value = (x[:, :1].expand(-1, piece.query.shape[1], -1, -1) for x in (piece.key, piece.value))
+        if can_use_efficient_attention(SDPAParams(piece.query, key, value, None, 0.0, piece.causal, False)):
             return _EfficientCuda()
     return block_attention
 

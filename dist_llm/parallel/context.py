@@ -3,7 +3,7 @@
     ranks of context, u = 2 that exchange heads, rings of n = 2:      r0 r1 | r2 r3     all-to-all inside |, ring across
 
 ring      u = 1: keys and values travel from rank to rank while each computes, parallel/ring.py; any number of heads
-ulysses   n = 1: an all-to-all gives each rank all tokens of some heads, and another gives them back (Jacobs et al. 2023)
+ulysses   n = 1: an all-to-all gives each rank all tokens of some heads, another takes them back (Jacobs et al. 2023)
 mixed     both: after the all-to-all neighbours hold one larger zig-zag share, which goes round (Fang & Zhao 2024)
 
     all-to-all: one of q, k and v and one of the output, forward and backward; ring: see parallel/ring.py

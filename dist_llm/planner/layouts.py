@@ -1,7 +1,7 @@
 """Which layouts of a model on so many ranks are legal: every combination that breaks none of config/rules.py.
 
-    tensor, context, pipeline and data multiply to the ranks; schedule and chunks; sequence, context method and heads, expert;
-    zero and replicate
+    tensor, context, pipeline and data multiply to the ranks; schedule and chunks; sequence, context method and heads,
+    expert; zero and replicate
 
 Settings are chosen in that order, and a rule is asked as soon as all that it reads is chosen, so a wrong split is left
 before its schedules are tried. Of chunks those that cut all stages alike are tried.
@@ -90,10 +90,7 @@ def _extend(config: RunConfig, ranks: int, asked: list[list[Rule]], choice: Choi
             _extend(config, ranks, asked, wider, found)
 
 
-_PLAIN: Choice = {
-    name: getattr(ParallelConfig(), name)
-    for name in _ORDER[1] + _ORDER[2] + _ORDER[3]
-}
+_PLAIN: Choice = {name: getattr(ParallelConfig(), name) for name in _ORDER[1] + _ORDER[2] + _ORDER[3]}
 
 
 def _splits(config: RunConfig, ranks: int, choice: Choice) -> Iterator[Choice]:

@@ -41,8 +41,7 @@ LAYOUTS: list[tuple[int, dict[str, object]]] = [
     (8, {**MIXED, "pipeline": 2, "schedule": "zbv", "zero": 2}),
     (4, {"context": 4, "context_method": "ulysses", "zero": 0}),
 ]
-EXPERT_MIXED: dict[str, object] = {"context": 4, "context_method": "mixed", "context_heads": 2}
-LAYOUTS: list[tuple[int, dict[str, object]]] = [
+EXPERT_LAYOUTS: list[tuple[int, dict[str, object]]] = [
     (2, {"tensor": 2, "sequence": True}),
     (2, {"expert": 2, "zero": 0}),
     (4, {"expert": 2, "zero": 2}),
@@ -100,14 +99,17 @@ def test_documents_are_masked_alike(pool: WorkerPool) -> None:
 @pytest.mark.parametrize("name", ["bf16", "fp16"])
 def test_low_precision_is_close_and_learns(pool: WorkerPool, name: str) -> None:
     one = pool.run(curve, tiny_config(precision={"name": "fp32"}), world=1)[0]
-    low = pool.run(curve, tiny_config({"zero": 2}, precision={"name": name}), world=2)[0]
-    assert all(abs(a[0] - b[0]) < LOW_PRECISION_LOSS for a, b in zip(low, one, strict=True))
+    layouts: tuple[tuple[int, dict[str, object]], ...] = ((2, {"zero": 2}), (2, {"context": 2}), (4, MIXED))
+    for ranks, parallel in layouts:
+        low = pool.run(curve, tiny_config(parallel, precision={"name": name}), world=ranks)[0]
+        assert all(abs(a[0] - b[0]) < LOW_PRECISION_LOSS for a, b in zip(low, one, strict=True)), parallel
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.name} {fault.parallel}")
 def test_a_fault_is_found(pool: WorkerPool, fault: Fault) -> None:
-    one = pool.run(curve, tiny_config({}, fault.model, precision=FP64), world=1)[0]
-    config = tiny_config(fault.parallel, fault.model, precision=FP64)
+    data: dict[str, object] = {"document_mask": fault.documents}
+    one = pool.run(curve, tiny_config({}, fault.model, data, precision=FP64), world=1)[0]
+    config = tiny_config(fault.parallel, fault.model, data, precision=FP64)
     broken = pool.run(broken_curve, config, fault.name, world=fault.ranks)[0]
     assert largest_gap(broken, one) > VISIBLE
 

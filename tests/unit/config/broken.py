@@ -131,7 +131,7 @@ BROKEN: list[tuple[str, dict[str, object], int | None, str]] = [
         "context_divides_heads",
         {"parallel__context": 3, "parallel__context_method": "ulysses", "data__seq_len": 24},
         None,
-        "parallel.context=3 must divide the 4 heads of a tensor rank under ulysses; use 1, 2 or 4",
+        "parallel.context=3 must divide the 8 heads of a tensor rank under ulysses; use 1, 2, 4 or 8",
     ),
     (
         "context_divides_heads",
@@ -142,7 +142,7 @@ BROKEN: list[tuple[str, dict[str, object], int | None, str]] = [
             "data__seq_len": 48,
         },
         None,
-        "parallel.context_heads=3 must divide the 4 heads of a tensor rank under mixed; use 1, 2 or 4",
+        "parallel.context_heads=3 must divide the 8 heads of a tensor rank under mixed; use 1, 2 or 4",
     ),
     (
         "context_heads_divide_context",
