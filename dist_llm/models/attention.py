@@ -94,7 +94,7 @@ class Attention(nn.Module):
         x: Float[Tensor, "batch seq width"],
         mask: Any,
     ) -> Float[Tensor, "batch _ width"]:
-        """Attend over x; mask: `attend`'s, None: plain causal. Under sequence parallelism this rank's part comes back."""
+        """Attend over x; mask None: plain causal. Under sequence parallelism this rank's part comes back."""
         query, key, value = (w(x).unflatten(-1, (-1, self.head_width)) for w in (self.wq, self.wk, self.wv))
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)

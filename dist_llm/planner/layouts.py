@@ -53,7 +53,7 @@ def legal_layouts(config: RunConfig, ranks: int) -> list[Choice]:
         before = [rule for rules in asked for rule in rules]
         asked.append([rule for rule in LAYOUT_RULES if rule not in before and _reads_only(rule, chosen)])
     asked[-1].extend(rule for rule in LAYOUT_RULES if not any(rule in rules for rules in asked))
-    _extend(config, ranks, asked, {}, found)
+    _extend(_Judge(config, ranks), asked, {}, found)
     return found
 
 
@@ -76,21 +76,37 @@ def _reads_only(rule: Rule, chosen: set[str]) -> bool:
     return all(key in chosen for key in keys) and bool(keys or RANKS in rule.keys)
 
 
-def _extend(config: RunConfig, ranks: int, asked: list[list[Rule]], choice: Choice, found: list[Choice]) -> None:
+class _Judge:
+    """Whether a rule holds for a choice, asked once for all choices that agree in what the rule reads."""
+
+    def __init__(self, config: RunConfig, ranks: int) -> None:
+        self.config, self.ranks = config, ranks
+        self._known: dict[tuple[object, ...], bool] = {}
+        self._reads = {rule.name: [name for name in _NAMES if f"parallel.{name}" in rule.keys] for rule in LAYOUT_RULES}
+
+    def holds(self, rule: Rule, choice: Choice) -> bool:
+        """Return whether the rule holds for a choice of all that it reads."""
+        key = (rule.name, *[choice[name] for name in self._reads[rule.name]])
+        if key not in self._known:
+            parallel = self.config.parallel.model_copy(update={**_PLAIN, **choice})
+            self._known[key] = not rule(self.config.model_copy(update={"parallel": parallel}), self.ranks)
+        return self._known[key]
+
+
+def _extend(judge: _Judge, asked: list[list[Rule]], choice: Choice, found: list[Choice]) -> None:
     """Add every legal completion of a choice."""
     depth = sum(names[0] in choice for names in _ORDER)
     if depth == len(_ORDER):
         found.append(choice)
         return
-    for more in _OPTIONS[depth](config, ranks, choice):
+    for more in _OPTIONS[depth](judge.config, judge.ranks, choice):
         wider = {**choice, **more}
-        parallel = config.parallel.model_copy(update={**_PLAIN, **wider})
-        changed = config.model_copy(update={"parallel": parallel})
-        if not any(rule(changed, ranks) for rule in asked[depth]):
-            _extend(config, ranks, asked, wider, found)
+        if all(judge.holds(rule, wider) for rule in asked[depth]):
+            _extend(judge, asked, wider, found)
 
 
-_PLAIN: Choice = {name: getattr(ParallelConfig(), name) for name in _ORDER[1] + _ORDER[2] + _ORDER[3]}
+_NAMES = tuple(name for names in _ORDER for name in names)
+_PLAIN: Choice = {name: getattr(ParallelConfig(), name) for name in _NAMES[4:]}
 
 
 def _splits(config: RunConfig, ranks: int, choice: Choice) -> Iterator[Choice]:
