@@ -80,11 +80,13 @@ CASES: tuple[Case, ...] = (
     _case("gpt2", 4, 4, context=4),
     _case("gpt2", 4, 4, context=2, context_method="ulysses", pipeline=2, zero=1),
     _case("gpt2", 8, 4, context=2, context_method="ulysses", tensor=2, sequence=True, data=2, zero=2),
+    _case("gpt2", 4, 4, context=4, context_method="mixed", context_heads=2, zero=2),
     _case("gpt2-untied", 4, 1, tensor=2, data=2, zero=3),
     _case("experts", 2, 4, tensor=2, sequence=True),
     _case("experts", 2, 4, data=2, expert=2, zero=0),
     _case("experts", 4, 1, data=4, expert=2, zero=2),
     _case("experts", 4, 4, context=2, data=2, expert=4, zero=1),
+    _case("experts", 8, 4, context=4, context_method="mixed", context_heads=2, expert=4, data=2, zero=3),
     _case("experts", 8, 4, expert=2, tensor=2, sequence=True, pipeline=2, data=2, zero=3, recompute="full"),
     _case("experts", 8, 4, expert=4, context=2, pipeline=2, schedule="zbv", data=2, zero=2),
 )
