@@ -5,12 +5,13 @@ input of a reduce-scatter or an all-to-all, the tensor of a send. h = microbatch
 
     tp    a layer: 4 all-reduces of h, or under sequence parallelism 4 all-gathers and 4 reduce-scatters of h
     zero  by stage and unit, see parallel/zero.py          pp    h (h / tp) forward and back between stages
-    cp    a layer: see parallel/context.py; T is a context rank's share
+    cp    a layer: see docs/context.md; T is a context rank's share
     ep    a layer of experts: see parallel/expert.py; a rank's bytes depend on the tokens, their mean over ep is this
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -105,19 +106,23 @@ def _add_tensor(ledger: _Ledger, shapes: Shapes, stage: StagePlan) -> None:
 
 
 def _add_context(ledger: _Ledger, shapes: Shapes, stage: StagePlan) -> None:
-    """Enter what attention exchanges over cp, see parallel/context.py; full recompute exchanges anew going back."""
-    parallel, model, ranks = shapes.parallel, shapes.model, shapes.parallel.context
+    """Enter what attention exchanges over cp, see docs/context.md; full recompute exchanges anew going back."""
+    parallel, model = shapes.parallel, shapes.model
+    heads, ranks = parallel.head_ranks, parallel.ring_ranks
     calls = shapes.microbatches * len(stage.layers)
     forwards = calls * (2 if parallel.recompute == "full" else 1)
     compute, wide = FORMAT_BYTES[shapes.precision.compute], 8 if shapes.precision.compute == "fp64" else 4
     head = shapes.tokens * model.head_width
-    query, pair = (head * heads // parallel.tensor for heads in (model.num_heads, 2 * model.kv_heads))
-    if parallel.context_method == "ring":
-        ledger.add("cp", "send", (forwards + calls) * (ranks - 1), pair * compute)
-        ledger.add("cp", "send", calls * ranks, pair * wide)
-    else:
-        ledger.add("cp", "all_to_all", forwards + calls, (query + pair) * compute)
-        ledger.add("cp", "all_to_all", forwards + calls, query * compute)
+    mine = model.kv_heads // parallel.tensor
+    query, pair = head * model.num_heads // parallel.tensor, 2 * head * math.lcm(mine, heads)
+    if heads > 1:
+        axis = "cp" if ranks == 1 else "cp_heads"
+        ledger.add(axis, "all_to_all", forwards + calls, (query + pair) * compute)
+        ledger.add(axis, "all_to_all", forwards + calls, query * compute)
+    if ranks > 1:
+        axis = "cp" if heads == 1 else "cp_ring"
+        ledger.add(axis, "send", (forwards + calls) * (ranks - 1), pair * compute)
+        ledger.add(axis, "send", calls * ranks, pair * wide)
 
 
 def _add_expert(ledger: _Ledger, shapes: Shapes, stage: StagePlan) -> None:

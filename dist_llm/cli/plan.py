@@ -67,7 +67,7 @@ def layouts(arguments: argparse.Namespace) -> Answer:
 
 def _overrides(layout: Mapping[str, object]) -> str:
     """Return a layout as a user types it; what is 1, off or without effect is left out."""
-    shown = {"tensor", "context", "pipeline", "data", "expert", "replicate", "virtual_pipeline"}
+    shown = {"tensor", "context", "context_heads", "pipeline", "data", "expert", "replicate", "virtual_pipeline"}
     words = [f"parallel.{name}={value}" for name, value in layout.items() if name in shown and value != 1]
     if layout["sequence"]:
         words.append("parallel.sequence=true")

@@ -30,8 +30,12 @@ class ParallelConfig(Section):
     weights later (Qi et al. 2023; DeepSeek-V3 2024)."""
     context: Count = 1
     """Ranks that split each sequence, each keeping a chunk from its front and one from its back."""
-    context_method: Literal["ring", "ulysses"] = "ring"
-    """Attention over context ranks: ring (Liu et al. 2023), ulysses (Jacobs et al. 2023); no effect at `context: 1`."""
+    context_method: Literal["ring", "ulysses", "mixed"] = "ring"
+    """Attention over context ranks: ring (Liu et al. 2023), ulysses (Jacobs et al. 2023) or mixed, rings of ranks that
+    exchange heads (Fang & Zhao 2024); no effect at `context: 1`."""
+    context_heads: Count = 1
+    """Ranks of context that exchange heads under mixed, context / context_heads being in a ring; else 1, as ring means
+    none of them and ulysses all, so that no method changes with a number."""
     expert: Count = 1
     """Ranks that split the experts of a mixture; they are ranks of data x context, not more of them."""
     data: Count | None = None
@@ -49,6 +53,16 @@ class ParallelConfig(Section):
     def model_ranks(self) -> int:
         """Ranks that one copy of the model takes: tensor x pipeline x context."""
         return self.tensor * self.pipeline * self.context
+
+    @property
+    def head_ranks(self) -> int:
+        """Context ranks that exchange heads: none but itself under ring, all under ulysses, as set under mixed."""
+        return {"ring": 1, "ulysses": self.context, "mixed": self.context_heads}[self.context_method]
+
+    @property
+    def ring_ranks(self) -> int:
+        """Context ranks that pass keys and values round: context / head_ranks."""
+        return self.context // self.head_ranks
 
     @property
     def chunks(self) -> int:

@@ -170,22 +170,32 @@ def microbatches_fill_rounds(config: RunConfig, world_size: int | None) -> Itera
         yield Broken("data.global_batch", words, multiples(share, config.data.global_batch, 2 * pipeline))
 
 
-@reads("parallel.context", "parallel.context_method", "parallel.tensor", "model.num_heads", "model.num_kv_heads")
-def context_divides_heads(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
-    """Under `context_method: ulysses`, `parallel.context` divides the heads and key-value heads of a tensor rank.
+@reads("parallel.context", "parallel.context_method", "parallel.context_heads")
+def context_heads_divide_context(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """Under `context_method: mixed`, `parallel.context_heads` divides `parallel.context`; under others it is 1.
 
-    Each context rank attends with whole heads. `ring` needs nothing of the heads.
+    With 1 the mix is `ring`, with all of `parallel.context` it is `ulysses`.
     """
-    parallel, model = config.parallel, config.model
-    if parallel.context == 1 or parallel.context_method == "ring":
-        return
-    heads = math.gcd(model.num_heads, model.kv_heads)
-    if heads % parallel.tensor:
+    parallel, key = config.parallel, "parallel.context_heads"
+    if parallel.context_method != "mixed" and parallel.context_heads > 1:
+        yield Broken(key, f"must be 1 under parallel.context_method={parallel.context_method}", (1,))
+    elif parallel.context % parallel.context_heads:
+        yield Broken(key, f"must divide parallel.context={parallel.context}", divisors(parallel.context))
+
+
+@reads("parallel.context", "parallel.context_method", "parallel.context_heads", "parallel.tensor", "model.num_heads")
+def context_divides_heads(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """The context ranks that exchange heads, all of them under `ulysses`, divide the heads of a tensor rank.
+
+    Each attends with whole heads. Key-value heads need not divide: they are repeated until they do. `ring` needs
+    nothing of the heads.
+    """
+    parallel, heads = config.parallel, config.model.num_heads
+    if heads % parallel.tensor or heads // parallel.tensor % parallel.head_ranks == 0:
         return
     mine = heads // parallel.tensor
-    if mine % parallel.context:
-        words = f"must divide the {mine} heads (key-value heads too) of a tensor rank under context_method=ulysses"
-        yield Broken("parallel.context", words, divisors(mine))
+    key = "parallel.context" if parallel.context_method == "ulysses" else "parallel.context_heads"
+    yield Broken(key, f"must divide the {mine} heads of a tensor rank under {parallel.context_method}", divisors(mine))
 
 
 @reads("parallel.context", "model.attention_dropout")
@@ -291,6 +301,7 @@ LAYOUT_RULES: tuple[Rule, ...] = (
     batch_splits_evenly,
     microbatches_fill_pipeline,
     microbatches_fill_rounds,
+    context_heads_divide_context,
     context_divides_heads,
     context_without_attention_dropout,
     expert_divides_experts,

@@ -7,7 +7,7 @@ The number of heads is read off the width of q, so the same code runs on a share
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -32,8 +32,8 @@ def document_mask(documents: Int64[Tensor, "batch seq"]) -> Bool[Tensor, "batch 
 class Attend(Protocol):
     """softmax(q k^T / sqrt(d)) v over earlier tokens of the same document, wherever they are."""
 
-    def mask(self, documents: Int64[Tensor, "batch whole"]) -> Bool[Tensor, "batch 1 _ whole"]:
-        """Return what confines attention to documents."""
+    def mask(self, documents: Int64[Tensor, "batch whole"]) -> Any:
+        """Return what confines attention to documents, for `__call__` and nobody else to read."""
         ...
 
     def __call__(
@@ -41,7 +41,7 @@ class Attend(Protocol):
         query: Float[Tensor, "batch heads seq head"],
         key: Float[Tensor, "batch groups seq head"],
         value: Float[Tensor, "batch groups seq head"],
-        mask: Bool[Tensor, "batch 1 _ _"] | None,
+        mask: Any,
         drop: float,
     ) -> Float[Tensor, "batch heads seq head"]:
         """Attend; mask None: plain causal."""
@@ -90,7 +90,9 @@ class Attention(nn.Module):
         self.context = ContextShare()
 
     def forward(
-        self, x: Float[Tensor, "batch seq width"], mask: Bool[Tensor, "batch 1 _ _"] | None
+        self,
+        x: Float[Tensor, "batch seq width"],
+        mask: Any,
     ) -> Float[Tensor, "batch _ width"]:
         """Attend over x; mask None: plain causal. Under sequence parallelism this rank's part comes back."""
         query, key, value = (w(x).unflatten(-1, (-1, self.head_width)) for w in (self.wq, self.wk, self.wv))

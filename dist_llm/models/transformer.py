@@ -8,9 +8,10 @@ A stage of a pipeline is the same module with parts removed: names never change.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from dist_llm.config.model import ModelConfig
@@ -76,9 +77,9 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "batch seq width"],
         samples: Int64[Tensor, " batch"] | None,
-        mask: Bool[Tensor, "batch 1 _ _"] | None,
+        mask: Any,
     ) -> Float[Tensor, "batch seq width"]:
-        """Map hidden states; mask None: plain causal."""
+        """Map hidden states; mask: of the attention, None: plain causal."""
         if self.post_norm:
             x = self.attention_norm(x + self.attention_dropout(self.attention(x, mask), samples))
             out: Tensor = self.mlp_norm(x + self.mlp_dropout(self.mlp(x), samples))

@@ -82,7 +82,7 @@ def _split_stage(
     module = model.build(stage).to(formats.master)
     table = apply_tensor(module, model.plan, mesh.tp, mesh.expert.ep.size, parallel.sequence)
     apply_expert(module, mesh.expert.ep)
-    apply_context(module, mesh.cp, parallel.context_method)
+    apply_context(module, mesh.context)
     later = apply_split_backward(module) if parallel.splits_backward else None
     if parallel.recompute == "full":
         apply_recompute(model.blocks(module))

@@ -1,15 +1,18 @@
 """Context parallelism: each rank holds a zig-zag share of every sequence (ops/context_share.py); attention joins them.
 
-ring      keys and values travel from rank to rank while each computes (Liu et al. 2023); any number of heads
-ulysses   an all-to-all gives each rank all tokens of some heads, and another gives them back (Jacobs et al. 2023)
+    ranks of context, u = 2 that exchange heads, rings of n = 2:      r0 r1 | r2 r3     all-to-all inside |, ring across
 
-    ring      forward n - 1 sends of k and v; backward n - 1 of them again and n of their gradients
-    ulysses   one all-to-all of q, k and v and one of the output, forward and backward
+ring      u = 1: keys and values travel from rank to rank while each computes, parallel/ring.py; any number of heads
+ulysses   n = 1: an all-to-all gives each rank all tokens of some heads, another takes them back (Jacobs et al. 2023)
+mixed     both: after the all-to-all neighbours hold one larger zig-zag share, which goes round (Fang & Zhao 2024)
+
+    all-to-all: one of q, k and v and one of the output, forward and backward; ring: see parallel/ring.py
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,138 +20,10 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dist_llm.ops.block_attention import Piece, attend, gradients, merge
+from dist_llm.ops.block_attention import default_scale
 from dist_llm.ops.context_share import ContextShare
-from dist_llm.runtime.mesh import Axis
-
-
-def _same_document(
-    documents: Int64[Tensor, "batch seq"], queries: Int64[Tensor, " queries"]
-) -> Bool[Tensor, "batch 1 queries seq"]:
-    """Return whether a key is not later than the query at position `queries` and in its document."""
-    length = documents.shape[1]
-    same = documents[:, queries, None] == documents[:, None, :]
-    return (same & (torch.arange(length, device=documents.device) <= queries[:, None]))[:, None]
-
-
-class RingAttention:
-    """Causal attention over the tokens of all cp ranks, each asking for its own: log-sum-exp merged over the ring."""
-
-    def __init__(self, axis: Axis) -> None:
-        self._axis, self._share = axis, ContextShare(axis.index, axis.size)
-
-    def mask(self, documents: Int64[Tensor, "batch seq"]) -> Bool[Tensor, "batch 1 queries seq"]:
-        """Return which keys of the whole sequence each query of this rank sees; `documents` is of the whole."""
-        return _same_document(documents, self._share.positions(documents.shape[1] // self._axis.size, documents.device))
-
-    def __call__(
-        self,
-        query: Float[Tensor, "batch heads queries head"],
-        key: Float[Tensor, "batch groups queries head"],
-        value: Float[Tensor, "batch groups queries head"],
-        mask: Bool[Tensor, "batch 1 queries seq"] | None,
-        drop: float,
-    ) -> Float[Tensor, "batch heads queries head"]:
-        """Attend to the keys of all ranks. Sends and receives over cp, see above. `drop` must be 0."""
-        if drop:
-            raise ValueError("ring attention has no dropout")
-        out: Tensor = _Ring.apply(query, key, value, mask, self._axis)  # type: ignore[no-untyped-call]
-        return out
-
-
-class _Circle:
-    """Passes tensors to the next rank of the axis while this one computes."""
-
-    def __init__(self, axis: Axis) -> None:
-        self._axis = axis
-
-    def start(self, sent: Tensor, tag: int = 0) -> tuple[Tensor, list[dist.Work]]:
-        """Send to the next rank; return where the previous one's arrives, and what to wait for."""
-        received, axis = torch.empty_like(sent), self._axis
-        following, preceding = (axis.index + 1) % axis.size, (axis.index - 1) % axis.size
-        operations = [
-            dist.P2POp(dist.isend, sent, group=axis.group, group_peer=following, tag=tag),
-            dist.P2POp(dist.irecv, received, group=axis.group, group_peer=preceding, tag=tag),
-        ]
-        return received, dist.batch_isend_irecv(operations)
-
-
-def _wait(works: list[dist.Work]) -> None:
-    for work in works:
-        work.wait()
-
-
-class _Turns:
-    """The pieces of attention that a rank computes, one for each rank whose keys come round."""
-
-    def __init__(self, query: Tensor, mask: Tensor | None, axis: Axis) -> None:
-        self._query, self._mask, self._axis = query, mask, axis
-
-    def piece(self, turn: int, pair: Tensor) -> tuple[Piece, slice, slice]:
-        """Return what meets in a turn with the key/value pair that is here, and which queries and keys these are.
-
-        Half of an earlier rank's keys lie before all queries here, half after them; with a later rank's it is the
-        queries of which one half sees all keys and the other none. So all turns after the first are equal work.
-        """
-        n, here = self._axis.size, self._axis.index
-        source = (here - turn) % n
-        whole, half = slice(None), pair.shape[3] // 2
-        queries = slice(half, None) if source > here else whole
-        keys = slice(None, half) if source < here else whole
-        mask = None
-        if self._mask is not None:
-            columns = ContextShare(source, n).positions(pair.shape[3], pair.device)[keys]
-            mask = self._mask[:, :, queries][..., columns]
-        key, value = pair[0, :, :, keys], pair[1, :, :, keys]
-        return Piece(self._query[..., queries, :], key, value, mask, causal=turn == 0), queries, keys
-
-
-class _Ring(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, axis: Axis) -> Tensor:
-        wide = torch.promote_types(query.dtype, torch.float32)
-        grouped = torch.unflatten(query, 1, (key.shape[1], -1)).to(wide)
-        pair = torch.stack((key, value))
-        turns, circle = _Turns(grouped, mask, axis), _Circle(axis)
-        out, lse = torch.empty_like(grouped), grouped.new_empty(grouped.shape[:-1])
-        for turn in range(axis.size):
-            coming, works = circle.start(pair) if turn < axis.size - 1 else (pair, [])
-            piece, queries, _ = turns.piece(turn, pair.to(wide))
-            more, more_lse = attend(piece)
-            if turn == 0:
-                out, lse = more, more_lse
-            else:
-                out[..., queries, :], lse[..., queries] = merge(out[..., queries, :], lse[..., queries], more, more_lse)
-            _wait(works)
-            pair = coming
-        ctx.axis = axis
-        ctx.save_for_backward(query, key, value, mask, out, lse)
-        return out.flatten(1, 2).to(query.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        query, key, value, mask, out, lse = ctx.saved_tensors
-        axis: Axis = ctx.axis
-        grouped, grad_out = (torch.unflatten(x, 1, out.shape[1:3]).to(out.dtype) for x in (query, grads[0]))
-        delta = (grad_out * out).sum(dim=-1)
-        turns, circle = _Turns(grouped, mask, axis), _Circle(axis)
-        grad_query, pair = torch.zeros_like(grouped), torch.stack((key, value))
-        grad_pair = pair.new_zeros(pair.shape, dtype=out.dtype)
-        arriving: list[dist.Work] = []
-        for turn in range(axis.size):
-            coming, works = circle.start(pair) if turn < axis.size - 1 else (pair, [])
-            piece, queries, keys = turns.piece(turn, pair.to(out.dtype))
-            more = gradients(piece, lse[..., queries], grad_out[..., queries, :], delta[..., queries])
-            grad_query[..., queries, :] += more[0]
-            _wait(arriving)
-            grad_pair[0, :, :, keys] += more[1]
-            grad_pair[1, :, :, keys] += more[2]
-            grad_pair, arriving = circle.start(grad_pair, tag=1)
-            _wait(works)
-            pair = coming
-        _wait(arriving)
-        grad_key, grad_value = grad_pair.to(key.dtype)
-        return grad_query.flatten(1, 2).to(query.dtype), grad_key, grad_value, None, None
+from dist_llm.parallel.ring import RingAttention
+from dist_llm.runtime.mesh import Axis, ContextAxes
 
 
 class _AllToAll(torch.autograd.Function):
@@ -172,58 +47,96 @@ def _exchange(x: Tensor, axis: Axis) -> Tensor:
     return out
 
 
-class UlyssesAttention:
-    """Causal attention of all tokens for this rank's part of the heads; the share of tokens comes in and goes out."""
-
-    def __init__(self, axis: Axis) -> None:
-        self._axis = axis
+class LocalAttention:
+    """Causal attention of tokens that are all here."""
 
     def mask(self, documents: Int64[Tensor, "batch seq"]) -> Bool[Tensor, "batch 1 seq seq"]:
-        """Return which keys of the whole sequence each of its queries sees."""
-        return _same_document(documents, torch.arange(documents.shape[1], device=documents.device))
+        """Return which keys each query sees: not later ones, of its document."""
+        return (documents[:, None, :, None] == documents[:, None, None, :]).tril()
+
+    def __call__(
+        self,
+        query: Float[Tensor, "batch heads seq head"],
+        key: Float[Tensor, "batch groups seq head"],
+        value: Float[Tensor, "batch groups seq head"],
+        mask: Bool[Tensor, "batch 1 seq seq"] | None,
+        drop: float,
+        scale: float | None = None,
+    ) -> Float[Tensor, "batch heads seq head"]:
+        """Attend. `drop` must be 0."""
+        if drop:
+            raise ValueError("attention over context ranks has no dropout")
+        grouped = query.shape[1] != key.shape[1]
+        scale = default_scale(query.shape[-1]) if scale is None else scale
+        return functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+        )
+
+
+class UlyssesAttention:
+    """Attention, by another, of this rank's part of the heads for the tokens of all ranks of the axis.
+
+    Key/value heads that are fewer than the ranks, or do not divide among them, are repeated until they do.
+    """
+
+    def __init__(self, axis: Axis, inner: LocalAttention | RingAttention) -> None:
+        self._axis, self._inner = axis, inner
+
+    def mask(self, documents: Int64[Tensor, "batch seq"]) -> Any:
+        """Return what confines attention to documents; `documents` is of the whole sequence."""
+        return self._inner.mask(documents)
 
     def __call__(
         self,
         query: Float[Tensor, "batch heads part head"],
         key: Float[Tensor, "batch groups part head"],
         value: Float[Tensor, "batch groups part head"],
-        mask: Bool[Tensor, "batch 1 seq seq"] | None,
+        mask: Any,
         drop: float,
+        scale: float | None = None,
     ) -> Float[Tensor, "batch heads part head"]:
-        """Attend to the keys of all ranks. Two all-to-alls over cp, and two on the way back. `drop` must be 0."""
-        if drop:
-            raise ValueError("attention over context ranks has no dropout")
-        n, part = self._axis.size, query.shape[2]
+        """Attend to the keys of all ranks. Two all-to-alls over the axis, and two on the way back. `drop` must be 0."""
+        part, order = query.shape[2], self._order(query.shape[2], query.device)
+        key, value = (self._repeated(x) for x in (key, value))
         # [rank, batch, heads of that rank, part, head]; q, k and v go together.
-        split = [torch.unflatten(x, 1, (n, -1)).movedim(1, 0) for x in (query, key, value)]
-        sizes = [x.shape[2] for x in split]
+        split = [torch.unflatten(x, 1, (self._axis.size, -1)).movedim(1, 0) for x in (query, key, value)]
         came = _exchange(torch.cat(split, dim=2), self._axis)
-        order = self._order(part, query.device)
         whole = came.movedim(0, 2).flatten(2, 3)[:, :, order.argsort()]
-        grouped = sizes[0] != sizes[1]
-        q, k, v = torch.split(whole, sizes, dim=1)
-        out = functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
-        )
-        back = torch.unflatten(out[:, :, order], 2, (n, part)).movedim(2, 0)
-        return _exchange(back, self._axis).movedim(0, 1).flatten(1, 2)
+        q, k, v = torch.split(whole, [x.shape[2] for x in split], dim=1)
+        out = self._inner(q, k, v, mask, drop, scale)
+        return self._returned(torch.unflatten(out[:, :, order], 2, (self._axis.size, part)).movedim(2, 0))
+
+    def _repeated(self, x: Float[Tensor, "batch groups part head"]) -> Float[Tensor, "batch copies part head"]:
+        """Return key/value heads as often as every rank's query heads then find theirs there."""
+        copies = math.lcm(x.shape[1], self._axis.size) // x.shape[1]
+        return x.repeat_interleave(copies, dim=1) if copies > 1 else x
+
+    def _returned(self, out: Float[Tensor, "ranks batch some part head"]) -> Float[Tensor, "batch heads part head"]:
+        """Send the output of tokens to the ranks that asked; return all heads of this rank's tokens."""
+        return _exchange(out, self._axis).movedim(0, 1).flatten(1, 2)
 
     def _order(self, part: int, device: torch.device) -> Int64[Tensor, " seq"]:
-        """Return the positions of all tokens in the order of ranks."""
+        """Return the places, among the tokens of the axis in ascending order, of those of rank 0, then 1, ..."""
         n = self._axis.size
         return torch.cat([ContextShare(rank, n).positions(part, device) for rank in range(n)])
 
 
-def apply_context(model: nn.Module, axis: Axis, method: Literal["ring", "ulysses"]) -> None:
+def _attention(axes: ContextAxes) -> RingAttention | UlyssesAttention:
+    if axes.heads.size == 1:
+        return RingAttention(axes.ring)
+    return UlyssesAttention(axes.heads, LocalAttention() if axes.ring.size == 1 else RingAttention(axes.ring))
+
+
+def apply_context(model: nn.Module, axes: ContextAxes) -> None:
     """Make the modules of a single-device model work on this rank's share of the tokens, in place. Issues nothing now.
 
-    A module with `attend` gets attention over the cp axis; one with `context` is told which tokens it sees.
+    A module with `attend` gets attention over the context axes; one with `context` is told which tokens it sees.
     """
-    if axis.size == 1:
+    if axes.whole.size == 1:
         return
-    attention = RingAttention(axis) if method == "ring" else UlyssesAttention(axis)
+    attention = _attention(axes)
     for module in model.modules():
         if hasattr(module, "attend"):
             module.attend = attention  # type: ignore[assignment]
         if hasattr(module, "context"):
-            module.context = ContextShare(axis.index, axis.size)  # type: ignore[assignment]
+            module.context = ContextShare(axes.whole.index, axes.whole.size)  # type: ignore[assignment]

@@ -1,7 +1,7 @@
 """Which layouts of a model on so many ranks are legal: every combination that breaks none of config/rules.py.
 
-    tensor, context, pipeline and data multiply to the ranks; schedule and chunks; sequence, context method, expert;
-    zero and replicate
+    tensor, context, pipeline and data multiply to the ranks; schedule and chunks; sequence, context method and heads,
+    expert; zero and replicate
 
 Settings are chosen in that order, and a rule is asked as soon as all that it reads is chosen, so a wrong split is left
 before its schedules are tried. Of chunks those that cut all stages alike are tried.
@@ -25,7 +25,7 @@ Choice = dict[str, object]
 _ORDER: tuple[tuple[str, ...], ...] = (
     ("tensor", "context", "pipeline", "data"),
     ("schedule", "virtual_pipeline"),
-    ("sequence", "context_method", "expert"),
+    ("sequence", "context_method", "context_heads", "expert"),
     ("zero", "replicate"),
 )
 
@@ -53,7 +53,7 @@ def legal_layouts(config: RunConfig, ranks: int) -> list[Choice]:
         before = [rule for rules in asked for rule in rules]
         asked.append([rule for rule in LAYOUT_RULES if rule not in before and _reads_only(rule, chosen)])
     asked[-1].extend(rule for rule in LAYOUT_RULES if not any(rule in rules for rules in asked))
-    _extend(config, ranks, asked, {}, found)
+    _extend(_Judge(config, ranks), asked, {}, found)
     return found
 
 
@@ -76,24 +76,37 @@ def _reads_only(rule: Rule, chosen: set[str]) -> bool:
     return all(key in chosen for key in keys) and bool(keys or RANKS in rule.keys)
 
 
-def _extend(config: RunConfig, ranks: int, asked: list[list[Rule]], choice: Choice, found: list[Choice]) -> None:
+class _Judge:
+    """Whether a rule holds for a choice, asked once for all choices that agree in what the rule reads."""
+
+    def __init__(self, config: RunConfig, ranks: int) -> None:
+        self.config, self.ranks = config, ranks
+        self._known: dict[tuple[object, ...], bool] = {}
+        self._reads = {rule.name: [name for name in _NAMES if f"parallel.{name}" in rule.keys] for rule in LAYOUT_RULES}
+
+    def holds(self, rule: Rule, choice: Choice) -> bool:
+        """Return whether the rule holds for a choice of all that it reads."""
+        key = (rule.name, *[choice[name] for name in self._reads[rule.name]])
+        if key not in self._known:
+            parallel = self.config.parallel.model_copy(update={**_PLAIN, **choice})
+            self._known[key] = not rule(self.config.model_copy(update={"parallel": parallel}), self.ranks)
+        return self._known[key]
+
+
+def _extend(judge: _Judge, asked: list[list[Rule]], choice: Choice, found: list[Choice]) -> None:
     """Add every legal completion of a choice."""
     depth = sum(names[0] in choice for names in _ORDER)
     if depth == len(_ORDER):
         found.append(choice)
         return
-    for more in _OPTIONS[depth](config, ranks, choice):
+    for more in _OPTIONS[depth](judge.config, judge.ranks, choice):
         wider = {**choice, **more}
-        parallel = config.parallel.model_copy(update={**_PLAIN, **wider})
-        changed = config.model_copy(update={"parallel": parallel})
-        if not any(rule(changed, ranks) for rule in asked[depth]):
-            _extend(config, ranks, asked, wider, found)
+        if all(judge.holds(rule, wider) for rule in asked[depth]):
+            _extend(judge, asked, wider, found)
 
 
-_PLAIN: Choice = {
-    name: getattr(ParallelConfig(), name)
-    for name in ("virtual_pipeline", "schedule", "sequence", "context_method", "expert", "zero", "replicate")
-}
+_NAMES = tuple(name for names in _ORDER for name in names)
+_PLAIN: Choice = {name: getattr(ParallelConfig(), name) for name in _NAMES[4:]}
 
 
 def _splits(config: RunConfig, ranks: int, choice: Choice) -> Iterator[Choice]:
@@ -123,9 +136,18 @@ def _schedules(config: RunConfig, ranks: int, choice: Choice) -> Iterator[Choice
 def _regions(config: RunConfig, ranks: int, choice: Choice) -> Iterator[Choice]:
     experts = config.model.moe.num_experts
     for sequence in (False, True) if choice["tensor"] != 1 else (False,):
-        for method in ("ring", "ulysses") if choice["context"] != 1 else ("ring",):
+        for method, heads in _context_methods(int(str(choice["context"]))):
             for expert in divisors(experts) if experts else (1,):
-                yield {"sequence": sequence, "context_method": method, "expert": expert}
+                yield {"sequence": sequence, "context_method": method, "context_heads": heads, "expert": expert}
+
+
+def _context_methods(context: int) -> Iterator[tuple[str, int]]:
+    """Yield the methods with their number of ranks that exchange heads; of mixed those that are none of the others."""
+    yield "ring", 1
+    if context > 1:
+        yield "ulysses", 1
+        for heads in divisors(context)[1:-1]:
+            yield "mixed", heads
 
 
 def _shards(config: RunConfig, ranks: int, choice: Choice) -> Iterator[Choice]:

@@ -2,6 +2,7 @@
 
 rank = ((pp * DP + dp) * CP + cp) * TP + tp
 zero     dp x cp folded into one axis: replicas of a parameter; replicate x shard is the same axis cut in two (HSDP)
+context  cp cut in two where context_method is mixed: neighbours that exchange heads, and rings across them
 ep       neighbours on zero, each with a part of the experts; what is left of zero are the replicas of an expert
 ends     first and last pipeline rank at equal (dp, cp, tp): the two copies of a tied embedding; none where a
          schedule in a V puts first and last stage on one rank
@@ -28,6 +29,19 @@ class Axis:
     group: dist.ProcessGroup
     index: int
     size: int
+
+
+@dataclass(frozen=True)
+class ContextAxes:
+    """The cp axis, and the two that its ranks make up for attention: index = ring.index * heads.size + heads.index.
+
+    heads varies fastest: its all-to-all carries the more the fewer links lie between its ranks. Where one of the two
+    has one rank the other is cp itself, and that one's group is used for nothing.
+    """
+
+    whole: Axis
+    heads: Axis
+    ring: Axis
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,7 @@ class Mesh:
     ends: Axis | None
     zero_mesh: DeviceMesh
     expert: ExpertAxes
+    context: ContextAxes
 
 
 def _axis(mesh: DeviceMesh, name: str) -> Axis:
@@ -84,6 +99,22 @@ def build_control_group(timeout_seconds: float) -> dist.ProcessGroup:
     """Return a CPU group over all ranks for saving and agreeing to stop. Collective over the world."""
     group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
     return group
+
+
+def _context_mesh(parallel: ParallelConfig, data: int, device: torch.device) -> DeviceMesh | None:
+    """Create the mesh that cuts cp in rings and the ranks that exchange heads; None where one of these is all of cp."""
+    if 1 in (parallel.head_ranks, parallel.ring_ranks):
+        return None
+    shape = (parallel.pipeline, data, parallel.ring_ranks, parallel.head_ranks, parallel.tensor)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("ring_pp", "ring_dp", "cp_ring", "cp_heads", "ring_tp"))
+
+
+def _context_axes(mesh: DeviceMesh | None, cp: Axis, parallel: ParallelConfig) -> ContextAxes:
+    """Return the axes of the mesh, or cp and an axis of one rank."""
+    if mesh is not None:
+        return ContextAxes(cp, _axis(mesh, "cp_heads"), _axis(mesh, "cp_ring"))
+    alone = Axis("cp", cp.group, 0, 1)
+    return ContextAxes(cp, cp, alone) if parallel.ring_ranks == 1 else ContextAxes(cp, alone, cp)
 
 
 def _expert_meshes(parallel: ParallelConfig, replicas: int, device: torch.device) -> list[DeviceMesh]:
@@ -139,16 +170,17 @@ def build_mesh(parallel: ParallelConfig, device: torch.device, timeout_seconds: 
         device.type, (parallel.pipeline, replicas, parallel.tensor), mesh_dim_names=("p", "zero", "t")
     )
     experts = _expert_meshes(parallel, replicas, device)
-    for folding in (mesh, folded, whole, *experts):
+    rings = _context_mesh(parallel, data, device)
+    for folding in (mesh, folded, whole, *experts, *([] if rings is None else [rings])):
         _limit(folding, timeout)
     zero_mesh = folded["replicate", "shard"] if replicate > 1 else folded["shard"]
     zero, replicated, sharded = _axis(whole, "zero"), _axis(folded, "replicate"), _axis(folded, "shard")
-    tp = _axis(mesh, "tp")
+    tp, cp = _axis(mesh, "tp"), _axis(mesh, "cp")
     return Mesh(
         device=device,
         pp=_axis(mesh, "pp"),
         dp=_axis(mesh, "dp"),
-        cp=_axis(mesh, "cp"),
+        cp=cp,
         tp=tp,
         zero=zero,
         replicate=replicated,
@@ -157,4 +189,5 @@ def build_mesh(parallel: ParallelConfig, device: torch.device, timeout_seconds: 
         ends=None if parallel.schedule in V_SCHEDULES else _ends_axis(torch.arange(world).view(shape), timeout),
         zero_mesh=zero_mesh,
         expert=_expert_axes(experts, ExpertAxes(Axis("ep", tp.group, 0, 1), zero, replicated, sharded, zero_mesh)),
+        context=_context_axes(rings, cp, parallel),
     )

@@ -41,6 +41,8 @@ def layout_of(config: RunConfig, world_size: int, device: str) -> dict[str, obje
         del facts["schedule"]
     if config.parallel.context == 1:
         del facts["context_method"]
+    if config.parallel.context == 1 or config.parallel.context_method != "mixed":
+        del facts["context_heads"]
     facts.update(world_size=world_size, microbatch=config.data.microbatch, engine=config.engine.name)
     facts.update(device=device, compute=config.precision.compute, deterministic=config.run.deterministic)
     return facts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -16,8 +17,11 @@ from dist_llm.engine import native, routing
 from dist_llm.engine.routing import Routing
 from dist_llm.ops import linear
 from dist_llm.ops.context_share import ContextShare
-from dist_llm.parallel import collectives, context, zero
+from dist_llm.parallel import collectives, context, ring, zero
 from dist_llm.parallel.expert import ExpertDispatch
+from dist_llm.parallel.ring import RingDocuments, Turn
+from dist_llm.runtime import mesh
+from dist_llm.runtime.mesh import ContextAxes
 from tests.parallel.tiny import MOE, Curve, curve
 
 
@@ -29,8 +33,10 @@ class Fault:
     ranks: int
     parallel: dict[str, object]
     model: dict[str, object] = field(default_factory=dict)
+    documents: bool = False
 
 
+MIXED: dict[str, object] = {"context": 4, "context_method": "mixed", "context_heads": 2}
 FAULTS = (
     Fault("tp all-reduce dropped", 2, {"tensor": 2, "zero": 0}),
     Fault("gradient all-reduce dropped", 2, {"zero": 0}),
@@ -44,6 +50,10 @@ FAULTS = (
     Fault("ring merges without weights", 2, {"context": 2}),
     Fault("chunks of the sequence swapped", 2, {"context": 2}),
     Fault("ulysses mixes up positions", 2, {"context": 2, "context_method": "ulysses"}),
+    Fault("ulysses repeats the wrong key heads", 4, {"context": 4, "context_method": "ulysses"}),
+    Fault("ring turned among those who exchange heads", 4, MIXED),
+    Fault("heads come back in another order", 4, MIXED),
+    Fault("documents of another ring rank", 4, {"context": 4}, documents=True),
     Fault("rows come back to other tokens", 2, {"expert": 2}, MOE),
     Fault("expert gradients not summed", 4, {"expert": 2, "zero": 0}, MOE),
     Fault("balance loss sees a part of the sequence", 2, {"context": 2}, MOE),
@@ -62,6 +72,35 @@ def _twice(parameter: Tensor, gradient: Tensor) -> None:
 
 def _natural(attention: Any, part: int, device: torch.device) -> Tensor:
     return torch.arange(attention._axis.size * part)
+
+
+def _swapped_axes(axes: Callable[..., ContextAxes]) -> Callable[..., ContextAxes]:
+    def call(*args: Any) -> ContextAxes:
+        right = axes(*args)
+        return ContextAxes(right.whole, right.ring, right.heads)
+
+    return call
+
+
+def _other_way(returned: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def call(self: context.UlyssesAttention, out: Tensor) -> Tensor:
+        heads = returned(self, out)
+        return heads.unflatten(1, (self._axis.size, -1)).flip(1).flatten(1, 2)
+
+    return call
+
+
+def _in_turn(self: context.UlyssesAttention, x: Tensor) -> Tensor:
+    return x.repeat(1, math.lcm(x.shape[1], self._axis.size) // x.shape[1], 1, 1)
+
+
+def _of_another(mask: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def call(self: RingDocuments, here: int, turn: Turn) -> Tensor:
+        source = (turn.source + 1) % len(self.shares) if turn.source != here else here
+        queries, keys = self.shares[here][:, turn.queries], self.shares[source][:, turn.keys]
+        return mask(self, here, turn) if source == here else (queries[:, :, None] == keys[:, None])[:, None]
+
+    return call
 
 
 def _averaged(grads: Any, axis: Any, size: int) -> None:
@@ -125,13 +164,21 @@ PATCHES: dict[str, Callable[[], list[Any]]] = {
     "norm counts replicas": lambda: [patch.object(native, "primary_square_sum", _every_square)],
     "tied copies drift apart": lambda: [patch.object(native.NativeEngine, "finish_gradients", lambda engine: None)],
     "second half of a backward run twice": lambda: [patch.object(linear, "_accumulate", _twice)],
-    "ring merges without weights": lambda: [patch.object(context, "merge", _unweighted)],
+    "ring merges without weights": lambda: [patch.object(ring, "merge", _unweighted)],
     "chunks of the sequence swapped": lambda: [patch.object(ContextShare, "positions", _in_order)],
     "ulysses mixes up positions": lambda: [
         patch.object(
             context.UlyssesAttention, "_order", lambda self, part, device: torch.arange(self._axis.size * part)
         )
     ],
+    "ulysses repeats the wrong key heads": lambda: [patch.object(context.UlyssesAttention, "_repeated", _in_turn)],
+    "ring turned among those who exchange heads": lambda: [
+        patch.object(mesh, "_context_axes", _swapped_axes(mesh._context_axes))
+    ],
+    "heads come back in another order": lambda: [
+        patch.object(context.UlyssesAttention, "_returned", _other_way(context.UlyssesAttention._returned))
+    ],
+    "documents of another ring rank": lambda: [patch.object(RingDocuments, "mask", _of_another(RingDocuments.mask))],
     "rows come back to other tokens": lambda: [
         patch.object(ExpertDispatch, "__call__", _backwards(ExpertDispatch.__call__))
     ],

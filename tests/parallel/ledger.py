@@ -28,6 +28,7 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         expert = mesh.expert
         axes = [mesh.world, mesh.pp, mesh.cp, mesh.tp, mesh.zero, mesh.replicate, mesh.shard]
+        axes += [axis for axis in (mesh.context.heads, mesh.context.ring) if axis.name != "cp"]
         axes += [expert.ep, expert.zero, expert.replicate, expert.shard] if expert.ep.size > 1 else []
         if mesh.ends is not None:
             axes.append(mesh.ends)

@@ -85,6 +85,7 @@ def test_low_precision_keeps_fp32_masters(pool: WorkerPool, zero: int) -> None:
     _assert_equal(pool.run(measured_and_formula, tiny_config(split, precision={"name": "bf16"}), world=4))
 
 
+MIXED: dict[str, object] = {"context_method": "mixed", "context_heads": 2}
 MORE_TRAFFIC = [
     (2, {"tensor": 2, "zero": 0}, {}),
     (2, {"tensor": 2, "sequence": True, "recompute": "full"}, {}),
@@ -104,6 +105,10 @@ MORE_TRAFFIC = [
     (8, {"context": 2, "tensor": 2, "sequence": True, "pipeline": 2, "zero": 2, "recompute": "full"}, {}),
     (4, {"context": 2, "context_method": "ulysses", "tensor": 2, "zero": 0}, GPT2),
     (4, {"context": 2, "context_method": "ulysses", "data": 2, "zero": 3, "recompute": "full"}, {}),
+    (4, {"context": 4, "context_method": "ulysses", "zero": 1}, {}),
+    (4, {"context": 4, **MIXED, "zero": 2}, {}),
+    (8, {"context": 4, **MIXED, "data": 2, "zero": 3, "recompute": "full"}, {"num_kv_heads": 1}),
+    (8, {"context": 4, **MIXED, "tensor": 2, "sequence": True, "zero": 0}, GPT2),
 ]
 
 
@@ -126,6 +131,7 @@ EXPERT_TRAFFIC = [
     (4, {"expert": 2, "pipeline": 2, "zero": 3}, MOE, "bf16"),
     (8, {"expert": 2, "pipeline": 2, "tensor": 2, "zero": 3, "recompute": "full"}, MOE, "fp32"),
     (8, {"expert": 2, "pipeline": 2, "schedule": "zbv", "context": 2, "zero": 2}, MOE, "bf16"),
+    (4, {"expert": 4, "context": 4, **MIXED}, MOE, "bf16"),
 ]
 
 

@@ -12,6 +12,7 @@ from tests.tolerances import FP64_FEW_STEPS, LOW_PRECISION_LOSS, VISIBLE, VISIBL
 
 UNTIED: dict[str, object] = {"tie_embeddings": False, "qk_norm": True}
 MODELS: dict[str, dict[str, object]] = {"llama": {}, "gpt2": GPT2, "untied": UNTIED}
+MIXED: dict[str, object] = {"context": 4, "context_method": "mixed", "context_heads": 2}
 LAYOUTS: list[tuple[int, dict[str, object]]] = [
     (2, {"tensor": 2, "zero": 0}),
     (2, {"tensor": 2, "sequence": True}),
@@ -35,6 +36,10 @@ LAYOUTS: list[tuple[int, dict[str, object]]] = [
     (4, {"context": 4, "zero": 3}),
     (4, {"context": 2, "data": 2, "context_method": "ulysses", "zero": 2}),
     (8, {"context": 2, "tensor": 2, "sequence": True, "pipeline": 2, "zero": 1}),
+    (4, {**MIXED, "zero": 3, "recompute": "full"}),
+    (8, {**MIXED, "tensor": 2, "sequence": True, "zero": 1}),
+    (8, {**MIXED, "pipeline": 2, "schedule": "zbv", "zero": 2}),
+    (4, {"context": 4, "context_method": "ulysses", "zero": 0}),
 ]
 EXPERT_LAYOUTS: list[tuple[int, dict[str, object]]] = [
     (2, {"tensor": 2, "sequence": True}),
@@ -43,6 +48,7 @@ EXPERT_LAYOUTS: list[tuple[int, dict[str, object]]] = [
     (4, {"expert": 4, "zero": 3}),
     (4, {"expert": 2, "zero": 2, "replicate": 2}),
     (4, {"expert": 4, "context": 2}),
+    (4, {"expert": 4, **MIXED}),
     (8, {"expert": 2, "tensor": 2, "sequence": True, "pipeline": 2, "zero": 3, "recompute": "full"}),
     (8, {"expert": 2, "context": 2, "pipeline": 2, "schedule": "zbv", "zero": 2}),
     (4, {"expert": 2, "pipeline": 2, "schedule": "dualpipev", "zero": 3}),
@@ -88,6 +94,8 @@ def test_documents_are_masked_alike(pool: WorkerPool) -> None:
         {"tensor": 2, "sequence": True, "pipeline": 2},
         {"context": 2, "tensor": 2, "sequence": True},
         {"context": 2, "context_method": "ulysses", "pipeline": 2},
+        {"context": 4},
+        MIXED,
     ]
     for split in splits:
         ours = pool.run(curve, tiny_config(split, None, data, precision=FP64), world=4)[3]
@@ -97,14 +105,17 @@ def test_documents_are_masked_alike(pool: WorkerPool) -> None:
 @pytest.mark.parametrize("name", ["bf16", "fp16"])
 def test_low_precision_is_close_and_learns(pool: WorkerPool, name: str) -> None:
     one = pool.run(curve, tiny_config(precision={"name": "fp32"}), world=1)[0]
-    low = pool.run(curve, tiny_config({"zero": 2}, precision={"name": name}), world=2)[0]
-    assert all(abs(a[0] - b[0]) < LOW_PRECISION_LOSS for a, b in zip(low, one, strict=True))
+    layouts: tuple[tuple[int, dict[str, object]], ...] = ((2, {"zero": 2}), (2, {"context": 2}), (4, MIXED))
+    for ranks, parallel in layouts:
+        low = pool.run(curve, tiny_config(parallel, precision={"name": name}), world=ranks)[0]
+        assert all(abs(a[0] - b[0]) < LOW_PRECISION_LOSS for a, b in zip(low, one, strict=True)), parallel
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.name} {fault.parallel}")
 def test_a_fault_is_found(pool: WorkerPool, fault: Fault) -> None:
-    one = pool.run(curve, tiny_config({}, fault.model, precision=FP64), world=1)[0]
-    config = tiny_config(fault.parallel, fault.model, precision=FP64)
+    data: dict[str, object] = {"document_mask": fault.documents}
+    one = pool.run(curve, tiny_config({}, fault.model, data, precision=FP64), world=1)[0]
+    config = tiny_config(fault.parallel, fault.model, data, precision=FP64)
     broken = pool.run(broken_curve, config, fault.name, world=fault.ranks)[0]
     assert largest_gap(broken, one) > VISIBLE
 
@@ -145,6 +156,8 @@ def test_evaluation_agrees_and_changes_nothing(pool: WorkerPool) -> None:
         (4, {"pipeline": 2, "zero": 2}),
         (2, {"tensor": 2, "sequence": True}),
         (2, interleaved),
+        (4, {"context": 2, "pipeline": 2}),
+        (4, MIXED),
     )
     for ranks, parallel in layouts:
         for ours in pool.run(eval_losses, tiny_config(parallel, GPT2, precision=FP64), world=ranks):

@@ -41,9 +41,10 @@ def test_a_wrong_dtype_is_refused() -> None:
 
 
 def test_shapes_of_experts_and_context_hold(checked: WorkerPool) -> None:
-    for method in ("ring", "ulysses"):
-        parallel = {"context": 2, "context_method": method, "expert": 4, "zero": 1}
-        assert len(checked.run(curve, tiny_config(parallel, MOE), 1, world=4)) == 4
+    for context, method, heads in ((2, "ring", 1), (2, "ulysses", 1), (4, "mixed", 2)):
+        sizes = {"context": context, "context_method": method, "context_heads": heads}
+        config = tiny_config({**sizes, "expert": 4, "zero": 1}, MOE, {"document_mask": method != "ulysses"})
+        assert len(checked.run(curve, config, 1, world=4)) == 4
 
 
 @pytest.mark.parametrize("model", [{}, GPT2], ids=["llama", "gpt2"])

@@ -131,8 +131,30 @@ BROKEN: list[tuple[str, dict[str, object], int | None, str]] = [
         "context_divides_heads",
         {"parallel__context": 3, "parallel__context_method": "ulysses", "data__seq_len": 24},
         None,
-        "parallel.context=3 must divide the 4 heads (key-value heads too) of a tensor rank under "
-        "context_method=ulysses; use 1, 2 or 4",
+        "parallel.context=3 must divide the 8 heads of a tensor rank under ulysses; use 1, 2 or 4",
+    ),
+    (
+        "context_divides_heads",
+        {
+            "parallel__context": 12,
+            "parallel__context_method": "mixed",
+            "parallel__context_heads": 3,
+            "data__seq_len": 48,
+        },
+        None,
+        "parallel.context_heads=3 must divide the 8 heads of a tensor rank under mixed; use 1, 2 or 4",
+    ),
+    (
+        "context_heads_divide_context",
+        {"parallel__context": 8, "parallel__context_method": "mixed", "parallel__context_heads": 3},
+        None,
+        "parallel.context_heads=3 must divide parallel.context=8; use 1, 2, 4 or 8",
+    ),
+    (
+        "context_heads_divide_context",
+        {"parallel__context": 4, "parallel__context_heads": 2},
+        None,
+        "parallel.context_heads=2 must be 1 under parallel.context_method=ring; use 1",
     ),
     (
         "context_without_attention_dropout",

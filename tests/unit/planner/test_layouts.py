@@ -33,7 +33,8 @@ def every_layout(config: RunConfig, ranks: int) -> list[Choice]:
         "schedule": ("gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev"),
         "virtual_pipeline": sorted(chunks),
         "sequence": (False, True),
-        "context_method": ("ring", "ulysses"),
+        "context_method": ("ring", "ulysses", "mixed"),
+        "context_heads": divisors(ranks),
         "expert": divisors(max(1, config.model.moe.num_experts)),
         "zero": (0, 1, 2, 3),
         "replicate": divisors(ranks),
@@ -47,6 +48,8 @@ def every_layout(config: RunConfig, ranks: int) -> list[Choice]:
         if (layout["tensor"] == 1 and layout["sequence"]) or (
             layout["context"] == 1 and layout["context_method"] != "ring"
         ):
+            continue
+        if layout["context_method"] == "mixed" and layout["context_heads"] in (1, layout["context"]):
             continue
         sizes = [int(str(layout[name])) for name in ("tensor", "context", "pipeline", "data")]
         if sizes[0] * sizes[1] * sizes[2] * sizes[3] != ranks:
