@@ -19,7 +19,7 @@ def test_adamw_is_torchs_with_clipping_folded_in(dtype: torch.dtype) -> None:
     reference = [torch.nn.Parameter(weight.clone()) for weight in weights]
     groups = [{"params": reference[:1], "weight_decay": 0.1}, {"params": reference[1:], "weight_decay": 0.0}]
     theirs = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
-    ours = AdamW(weights, [True, False], OptimizerConfig(lr=1e-2))
+    ours = AdamW(weights, [True, False], [1.0, 1.0], OptimizerConfig(lr=1e-2))
     for _ in range(5):
         grads = [torch.randn_like(weight) for weight in weights]
         for parameter, grad in zip(reference, grads, strict=True):
@@ -33,7 +33,7 @@ def test_adamw_is_torchs_with_clipping_folded_in(dtype: torch.dtype) -> None:
 
 def test_a_slot_without_gradient_stays() -> None:
     weight = torch.ones(3, 3)
-    AdamW([weight], [True], OptimizerConfig()).step([None], 1.0, torch.tensor(1.0))
+    AdamW([weight], [True], [1.0], OptimizerConfig()).step([None], 1.0, torch.tensor(1.0))
     assert torch.equal(weight, torch.ones(3, 3))
 
 
