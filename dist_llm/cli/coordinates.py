@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,13 @@ def coordinates(arguments: argparse.Namespace) -> Answer:
     from dist_llm.telemetry.coordinates import draw_coordinates
     from dist_llm.train.coordinates import Widths, verify_coordinates
 
+    path: Path | None = arguments.picture
+    if path is not None and not path.parent.is_dir():
+        raise StorageError(f"cannot write {path}: there is no folder {path.parent}")
     configure_logging(0, arguments.debug)
     log = get_logger("cli.verify")
     chosen = Widths.choose(config.model, widths, arguments.wider_heads)
     facts = verify_coordinates(config, chosen, steps=arguments.steps, seeds=arguments.seeds, report=log.info)
-    path: Path | None = arguments.picture
     if path is not None:
         try:
             path.write_bytes(draw_coordinates(facts, path))
@@ -70,7 +73,7 @@ def _required(arguments: argparse.Namespace) -> tuple[int, ...] | None:
             violations.append(Violation(f"--{option}", value, f"must be from 1 to {most}"))
     words: list[str] | None = None if arguments.widths is None else arguments.widths.split(",")
     widths = tuple(int(word) for word in words or () if word.isascii() and word.isdecimal())
-    rising = all(1 <= a < b <= _WIDEST for a, b in zip(widths, widths[1:], strict=False))
+    rising = all(1 <= a < b <= _WIDEST for a, b in pairwise(widths))
     if words is not None and (len(widths) != len(words) or len(widths) < 2 or not rising):
         rule = f"must be two or more whole numbers, each larger than the one before, up to {_WIDEST}"
         violations.append(Violation("--widths", arguments.widths, rule, ("64,128,256,512",)))
@@ -94,8 +97,10 @@ def _describe(facts: Mapping[str, Any]) -> str:
     ]
     for row in facts["kinds"]:
         verdict = "ok" if row["ok"] else "OFF"
-        ours = f"{row['mup_size']:>+6.2f}{row['mup_change']:>+8.2f}  {verdict:<8}"
-        lines.append(f"{row['kind']:<26}{ours}{row['standard_size']:>+6.2f}{row['standard_change']:>+8.2f}")
+        slopes = [row[f"{name}_{part}"] for name in ("mup", "standard") for part in ("size", "change")]
+        size, change, other_size, other_change = ("-" if value is None else f"{value:+.2f}" for value in slopes)
+        ours = f"{size:>6}{change:>8}  {verdict:<8}"
+        lines.append(f"{row['kind'].replace('_', ' '):<26}{ours}{other_size:>6}{other_change:>8}")
     lines.append("")
     if facts["picture"] is not None:
         lines.append(f"picture: {facts['picture']}")

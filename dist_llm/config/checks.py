@@ -60,7 +60,7 @@ _MUP_DEFAULTS = MupConfig().model_dump()
 
 @reads(*(f"model.mup.{name}" for name in _MUP_DEFAULTS))
 def mup_needs_base_width(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
-    """Other settings of `model.mup` stay as they are without `model.mup.base_width`: they would change nothing meant."""
+    """Other settings of `model.mup` keep their defaults without `model.mup.base_width`, which turns muP on."""
     mup = config.model.mup
     if mup.base_width is None:
         for name, default in _MUP_DEFAULTS.items():
@@ -68,9 +68,7 @@ def mup_needs_base_width(config: RunConfig, world_size: int | None) -> Iterator[
                 yield Broken(f"model.mup.{name}", "needs model.mup.base_width, which turns muP on", (default,))
 
 
-@reads(
-    "model.mup.base_width", "model.mup.base_head_width", "model.hidden_size", "model.num_heads", "model.head_dim"
-)
+@reads("model.mup.base_width", "model.mup.base_head_width", "model.hidden_size", "model.num_heads", "model.head_dim")
 def base_heads_divide_base_width(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
     """`model.mup.base_head_width` divides `model.mup.base_width`, unless `model.head_dim` is given.
 

@@ -1,4 +1,4 @@
-"""How the transformer may be split, how it starts and how fast it learns: declarations about names, no arithmetic on ranks."""
+"""How the transformer may be split, starts and learns: declarations about names, no arithmetic on ranks."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Init:
 def plan_init(config: ModelConfig, name: str) -> Init:
     """Return how parameter `name` starts: GPT-2's scheme, with residual projections scaled by 1 / sqrt(2 L).
 
-    Under muP a hidden matrix starts smaller by the root of its fan-in's ratio to the base model's, a router by the ratio.
+    Under muP a hidden matrix starts smaller by the root of its fan-in over the base model's, a router by all of it.
     """
     module, _, leaf = name.rpartition(".")
     if leaf == "bias":

@@ -7,6 +7,7 @@ depend on the width.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,10 @@ def _draw_panel(
     """Draw the change of a kind of layer over width, a line a step, under its slope and in red where out of bounds."""
     chosen = [row for row in figures if (row["parametrisation"], row["kind"]) == (name, kind["kind"])]
     for step, colour in steps:
-        line = [(row["width"], row["change"]) for row in chosen if row["step"] == step]
-        axis.plot(*zip(*line, strict=True), color=colour, marker="o", markersize=3, linewidth=1.3, label=f"step {step}")
+        line = [row for row in chosen if row["step"] == step]
+        up = [math.nan if row["change"] is None else row["change"] for row in line]
+        across = [row["width"] for row in line]
+        axis.plot(across, up, color=colour, marker="o", markersize=3, linewidth=1.3, label=f"step {step}")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     widths = sorted({row["width"] for row in chosen})
@@ -75,6 +78,8 @@ def _draw_panel(
         axis.spines[side].set_visible(False)
     colour = _INK if kind[f"{name}_ok"] else _BAD
     words = kind["kind"].replace("_", " ")
-    axis.set_title(f"{words}: {kind[f'{name}_change']:+.2f}", fontsize=9.5, color=colour, loc="left")
+    slope = kind[f"{name}_change"]
+    shown = "no slope" if slope is None else f"{slope:+.2f}"
+    axis.set_title(f"{words}: {shown}", fontsize=9.5, color=colour, loc="left")
     if name == list(_ROWS)[-1]:
         axis.set_xlabel("width", color=_MUTED)

@@ -146,8 +146,8 @@ class Widths:
         usual = tuple(smallest * 2**power for power in range(4))
         widths = usual if asked is None else tuple(asked)
         base = model.mup.base_width if model.mup.base_width is not None else widths[0]
-        kept = "whole numbers of heads" if not wider_heads else "heads of whole, even widths" if model.position == "rope" else "heads of whole widths"
-        rule = f"must be multiples of {unit}, which make {kept} in proportion to this model's"
+        kept = "heads of whole (rope: even) widths" if wider_heads else "whole numbers of heads"
+        rule = f"must be multiples of {unit}, for {kept} in proportion to this model's"
         violations = []
         if any(width % unit for width in widths):
             violations.append(Violation("--widths", ",".join(map(str, widths)), rule, (",".join(map(str, usual)),)))
@@ -254,7 +254,8 @@ def _mean_rows(name: str, width: int, drawn: list[list[Figures]]) -> list[dict[s
     rows: list[dict[str, object]] = []
     for step, figures in enumerate(zip(*drawn, strict=True)):
         for kind in KINDS:
-            size, change = (sum(each[kind][part] for each in figures) / len(figures) for part in (0, 1))
+            means = [sum(each[kind][part] for each in figures) / len(figures) for part in (0, 1)]
+            size, change = (mean if math.isfinite(mean) else None for mean in means)
             rows.append(
                 {"parametrisation": name, "width": width, "step": step, "kind": kind, "size": size, "change": change}
             )
@@ -266,23 +267,23 @@ def _slopes(rows: Sequence[Mapping[str, Any]], kind: str, step: int) -> dict[str
     found: dict[str, object] = {"kind": kind}
     for name in PARAMETRISATIONS:
         chosen = [row for row in rows if (row["parametrisation"], row["kind"], row["step"]) == (name, kind, step)]
-        for part in ("size", "change"):
-            found[f"{name}_{part}"] = slope([row["width"] for row in chosen], [row[part] for row in chosen])
-        found[f"{name}_ok"] = within(float(str(found[f"{name}_size"])), float(str(found[f"{name}_change"])))
+        across = [row["width"] for row in chosen]
+        size, change = (slope(across, [row[part] for row in chosen]) for part in ("size", "change"))
+        found |= {f"{name}_size": size, f"{name}_change": change, f"{name}_ok": within(size, change)}
     found["ok"] = found["mup_ok"]
     return found
 
 
-def within(size: float, change: float) -> bool:
+def within(size: float | None, change: float | None) -> bool:
     """Return whether the slopes of a size and a change are those of something that does not depend on the width."""
-    return size <= GROWTH and FALL <= change <= GROWTH
+    return size is not None and change is not None and size <= GROWTH and FALL <= change <= GROWTH
 
 
-def slope(widths: Sequence[float], values: Sequence[float]) -> float:
-    """Return the slope of log(value) against log(width); infinite where a value is no positive number."""
-    if not all(math.isfinite(value) and value > 0 for value in values):
-        return math.inf
-    across, up = ([math.log(x) for x in side] for side in (widths, values))
+def slope(widths: Sequence[float], values: Sequence[float | None]) -> float | None:
+    """Return the slope of log(value) against log(width); None where a value is no positive number."""
+    across, up = [math.log(width) for width in widths], [math.log(value) for value in values if value]
+    if len(up) < len(across):
+        return None
     middle, level = sum(across) / len(across), sum(up) / len(up)
     spread = sum((x - middle) ** 2 for x in across)
     return sum((x - middle) * (y - level) for x, y in zip(across, up, strict=True)) / spread

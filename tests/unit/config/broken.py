@@ -248,7 +248,7 @@ BROKEN: list[tuple[str, dict[str, object], int | None, str]] = [
         "base_heads_divide_base_width",
         {"model__mup__base_width": 12, "model__mup__base_head_width": 5},
         None,
-        "model.mup.base_head_width=5 must divide model.mup.base_width=12; use 3, 4, 6 or 12",
+        "model.mup.base_head_width=5 must divide model.mup.base_width=12; use 2, 3, 4 or 6",
     ),
     (
         "sequence_fits_positions",
