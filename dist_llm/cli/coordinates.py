@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _ABOUT
     add_config(parser)
     parser.add_argument("--widths", metavar="N,N,...", help="values of model.hidden_size (default: four from 64 on)")
-    parser.add_argument("--steps", type=int, default=4, metavar="N", help="steps to train at each width (default 4)")
+    parser.add_argument("--steps", type=int, default=10, metavar="N", help="steps to train at each width (default 10)")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds to take the mean of (default 1)")
     parser.add_argument("--wider-heads", action="store_true", help="keep the number of heads, not their width")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the changes as FILE (.png or .svg)")
@@ -90,7 +90,7 @@ def _describe(facts: Mapping[str, Any]) -> str:
         f"widths: {', '.join(str(width) for width in sorted({row['width'] for row in facts['figures']}))}",
         f"steps: {facts['steps']}",
         f"learning rate: {facts['lr']:g}",
-        f"bounds on slopes under muP: growth {bounds['growth']:g}, fall of a change {bounds['fall']:g}",
+        f"bounds on slopes under muP: growth {bounds['growth']:g}, fall of a change {bounds['fall']['logits']:g}",
         "",
         f"{'slope after the last step':<26}{'muP':<24}standard",
         f"{'':<26}{'size':>6}{'change':>8}{'':10}{'size':>6}{'change':>8}",

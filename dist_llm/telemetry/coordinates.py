@@ -48,7 +48,7 @@ def draw_coordinates(facts: Mapping[str, Any], path: Path) -> bytes:
             fontsize=12,
         )
         handles, labels = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="lower center", ncols=min(8, len(labels)), frameon=False)
+        figure.legend(handles, labels, loc="lower center", ncols=min(10, len(labels)), frameon=False)
         figure.tight_layout(rect=(0.01, 0.05, 1, 0.98))
         buffer = io.BytesIO()
         plain = {"Date": None} if path.suffix == ".svg" else None
