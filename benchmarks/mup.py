@@ -1,9 +1,9 @@
 """Does the best learning rate stay where it is as a model gets wider? Loss over learning rates, with muP and without.
 
-    python benchmarks/mup.py --widths 64,128,256 --steps 60
+    PYTHONPATH=. python benchmarks/mup.py --widths 64,128,256 --steps 60
 
 Trains a small Llama on the text of the golden curves at each width and rate (powers of two), and prints the mean loss
-of the last steps. A row's best is marked; under muP it is in the same column in every row.
+of the last steps. A row's best is marked; muP is meant to keep it in one column.
 """
 
 from __future__ import annotations
