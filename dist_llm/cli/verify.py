@@ -1,10 +1,11 @@
-"""`dist-llm verify`: is this config the same training on every layout, and after an interruption?"""
+"""`dist-llm verify`: is this config the same training on every layout, after an interruption, and at every width?"""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
 
+from dist_llm.cli.coordinates import COORDINATES
 from dist_llm.cli.parse import Answer, Command, add_config, add_json, compose_arguments, load_config
 from dist_llm.errors import ConfigError, ExitCode, Violation
 
@@ -149,4 +150,5 @@ def _shown(value: object) -> str:
 COMMANDS = {
     "layout": Command("train in one process and in many layouts, and compare", add_layout_arguments, layout),
     "resume": Command("stop, resume, and compare with the run that was never stopped", add_resume_arguments, resume),
+    "coordinates": COORDINATES,
 }

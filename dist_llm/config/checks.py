@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from dist_llm.config.decode import decode_partly
 from dist_llm.config.legal import fitting_layouts, legal_values
+from dist_llm.config.model import MupConfig
 from dist_llm.config.rule import RANKS, Broken, Rule, reads, value_at
 from dist_llm.config.rules import LATER, LAYOUT_RULES, data_ranks, divisors, multiples
 from dist_llm.config.run import RunConfig
@@ -52,6 +53,35 @@ def choices_fit_experts(config: RunConfig, world_size: int | None) -> Iterator[B
     if moe.num_experts and moe.top_k > moe.num_experts:
         near = tuple(range(1, min(moe.num_experts, 64) + 1))
         yield Broken("model.moe.top_k", f"must not exceed model.moe.num_experts={moe.num_experts}", near)
+
+
+_MUP_DEFAULTS = MupConfig().model_dump()
+
+
+@reads(*(f"model.mup.{name}" for name in _MUP_DEFAULTS))
+def mup_needs_base_width(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """Other settings of `model.mup` keep their defaults without `model.mup.base_width`, which turns muP on."""
+    mup = config.model.mup
+    if mup.base_width is None:
+        for name, default in _MUP_DEFAULTS.items():
+            if getattr(mup, name) != default:
+                yield Broken(f"model.mup.{name}", "needs model.mup.base_width, which turns muP on", (default,))
+
+
+@reads("model.mup.base_width", "model.mup.base_head_width", "model.hidden_size", "model.num_heads", "model.head_dim")
+def base_heads_divide_base_width(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """`model.mup.base_head_width` divides `model.mup.base_width`, unless `model.head_dim` is given.
+
+    The base model has whole heads, as wide as this model's unless `model.mup.base_head_width` says otherwise.
+    """
+    model, mup = config.model, config.model.mup
+    if mup.base_width is None or model.head_dim is not None or model.hidden_size % model.num_heads:
+        return
+    if mup.base_width % (mup.base_head_width or model.head_width):
+        as_here = f"means heads of {model.head_width}, as here; their width " if mup.base_head_width is None else ""
+        words = f"{as_here}must divide model.mup.base_width={mup.base_width}"
+        as_many = (mup.base_width // model.num_heads,) if mup.base_width % model.num_heads == 0 else ()
+        yield Broken("model.mup.base_head_width", words, as_many or divisors(mup.base_width))
 
 
 @reads("model.max_seq_len", "data.seq_len")
@@ -162,6 +192,8 @@ SECTION_RULES: tuple[Rule, ...] = (
     kv_heads_divide_heads,
     rotary_heads_are_even,
     choices_fit_experts,
+    mup_needs_base_width,
+    base_heads_divide_base_width,
     sequence_fits_positions,
     scaling_needs_rope,
     factor_needs_scaling,

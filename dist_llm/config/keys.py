@@ -30,6 +30,11 @@ _OTHER_NAMES = {
     "nproc_per_node": "launcher.nproc",
     "intermediate_size": "model.ffn_hidden_size",
     "dtype": "precision.name",
+    "base_hidden_size": "model.mup.base_width",
+    "mup_base_hidden_size": "model.mup.base_width",
+    "mup_base_head_dim": "model.mup.base_head_width",
+    "mup_output_mult": "model.mup.output_multiplier",
+    "mup_embedding_mult": "model.mup.embedding_multiplier",
 }
 """What other frameworks call a setting."""
 

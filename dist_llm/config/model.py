@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field
@@ -61,6 +62,23 @@ class MoEConfig(Section):
     """Rows that an expert takes, over the mean; what is beyond is dropped, and layouts then differ. null: dropless."""
 
 
+class MupConfig(Section):
+    """Maximal update parametrisation: one learning rate for every width (Yang et al. 2022, Table 8; docs/mup.md)."""
+
+    base_width: Count | None = None
+    """hidden_size of the model on which settings were tuned, in elements; null: standard parametrisation."""
+    base_head_width: Count | None = None
+    """Width of that model's heads, in elements; null: as here (more width is more heads)."""
+    base_ffn_width: Count | None = None
+    """Inner width of that model's feed-forward layers, in elements; null: in proportion to hidden_size."""
+    base_expert_width: Count | None = None
+    """Inner width of that model's experts, in elements; null: in proportion to hidden_size."""
+    output_multiplier: float = Field(1.0, gt=0)
+    """What logits are multiplied by, beside base_width / hidden_size."""
+    embedding_multiplier: float = Field(1.0, gt=0)
+    """What embeddings are multiplied by, those of positions included."""
+
+
 class ModelConfig(Section):
     """Shape and options of the decoder-only transformer."""
 
@@ -102,12 +120,43 @@ class ModelConfig(Section):
     """Whether the output projection is the token embedding itself (Press & Wolf 2017)."""
     moe: MoEConfig = MoEConfig()
     """Experts in place of feed-forward layers; none by default."""
+    mup: MupConfig = MupConfig()
+    """Maximal update parametrisation; off by default."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Probability that an element of the embeddings, or of what a half of a block adds, is dropped in training."""
     attention_dropout: float = Field(0.0, ge=0, lt=1)
     """Probability that an attention weight is dropped in training; above 0 each layout draws other masks."""
     init_std: float = Field(0.02, gt=0)
     """Standard deviation of initial matrices; those that end a residual branch, over sqrt(2 num_layers) (GPT-2)."""
+
+    @property
+    def width_ratio(self) -> float:
+        """How many times wider than the base model this one is; 1 under the standard parametrisation."""
+        return self.hidden_size / self.mup.base_width if self.mup.base_width is not None else 1.0
+
+    @property
+    def ffn_ratio(self) -> float:
+        """The same of the inner width of feed-forward layers."""
+        return self._inner_ratio(self.ffn_hidden_size, self.mup.base_ffn_width)
+
+    @property
+    def expert_ratio(self) -> float:
+        """The same of the inner width of experts."""
+        return self._inner_ratio(self.expert_width, self.mup.base_expert_width)
+
+    def _inner_ratio(self, inner: int, base: int | None) -> float:
+        return self.width_ratio if base is None else inner / base
+
+    @property
+    def query_scale(self) -> float:
+        """What queries are multiplied by, so that logits go as 1 / head width and are as ever at the base width."""
+        base = self.mup.base_head_width
+        return 1.0 if base is None else math.sqrt(base / self.head_width)
+
+    @property
+    def output_scale(self) -> float:
+        """What logits are multiplied by."""
+        return self.mup.output_multiplier / self.width_ratio
 
     @property
     def kv_heads(self) -> int:

@@ -23,6 +23,7 @@ from dist_llm.config.run import RunConfig
 from dist_llm.engine.loss_scale import LossScale
 from dist_llm.engine.model import splittable
 from dist_llm.engine.routing import Routing
+from dist_llm.models.plan import plan_rate
 from dist_llm.ops.context_share import ContextShare
 from dist_llm.optim.adamw import AdamW
 from dist_llm.optim.schedule import learning_rate
@@ -70,7 +71,11 @@ class NativeEngine:
         self.shards: list[LocalShard] = [shard for stage in self.stages for shard in stage.shards]
         self._tied = [shard for shard in self.shards if model.tied and shard.name == model.tied[0]]
         decays = [len(shard.shape) >= 2 for shard in self.shards]
-        self.optimizer = AdamW([shard.tensor for shard in self.shards], decays, config.optimizer)
+        rates = [plan_rate(config.model, shard.name) for shard in self.shards]
+        # Under muP every gradient shrinks as the width grows; so does what is added to its root.
+        eps = config.optimizer.eps / config.model.width_ratio
+        update = config.optimizer.model_copy(update={"eps": eps})
+        self.optimizer = AdamW([shard.tensor for shard in self.shards], decays, rates, update)
         self._runner = self._build_runner(self.stages)
         self._routing = Routing([stage.part.model for stage in self.stages], config.model.moe, mesh)
         self._step = 0

@@ -85,6 +85,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(head, config.norm_eps) if config.qk_norm else None
         self.rope = rope
         self.head_width = head
+        self.query_scale = config.query_scale
         self.drop = config.attention_dropout
         self.attend: Attend = CausalAttention()
         self.context = ContextShare()
@@ -101,6 +102,8 @@ class Attention(nn.Module):
         if self.rope is not None:
             cos, sin = self.rope(query, self.context)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if self.query_scale != 1:  # here and not in `attend`, of which there are several
+            query = query * self.query_scale
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         out = self.attend(query, key, value, mask, self.drop if self.training else 0.0)
         projected: Tensor = self.wo(out.transpose(1, 2).flatten(-2))

@@ -1,4 +1,4 @@
-"""How the transformer may be split, and how it starts: declarations about names, no arithmetic on ranks."""
+"""How the transformer may be split, starts and learns: declarations about names, no arithmetic on ranks."""
 
 from __future__ import annotations
 
@@ -48,12 +48,36 @@ class Init:
 
 
 def plan_init(config: ModelConfig, name: str) -> Init:
-    """Return how parameter `name` starts: GPT-2's scheme, with residual projections scaled by 1 / sqrt(2 L)."""
+    """Return how parameter `name` starts: GPT-2's scheme, with residual projections scaled by 1 / sqrt(2 L).
+
+    Under muP a hidden matrix starts smaller by the root of its fan-in over the base model's, a router by all of it.
+    """
     module, _, leaf = name.rpartition(".")
     if leaf == "bias":
         return Init("zeros")
     if module.endswith("norm"):
         return Init("ones")
+    ratio = _fan_in_ratio(config, module)
+    shrunk = config.init_std / (ratio if module.endswith(".router") else math.sqrt(ratio))
     if module.endswith((".wo", ".down")):
-        return Init("normal", config.init_std / math.sqrt(2 * config.num_layers))
-    return Init("normal", config.init_std)
+        return Init("normal", shrunk / math.sqrt(2 * config.num_layers))
+    return Init("normal", shrunk)
+
+
+def plan_rate(config: ModelConfig, name: str) -> float:
+    """Return what the learning rate of parameter `name` is multiplied by (Yang et al. 2022, Table 8, for Adam)."""
+    module, _, leaf = name.rpartition(".")
+    return 1.0 if leaf == "bias" or module.endswith("norm") else 1.0 / _fan_in_ratio(config, module)
+
+
+def _fan_in_ratio(config: ModelConfig, module: str) -> float:
+    """Return how many times more inputs a matrix has than in the base model.
+
+    1 for embeddings, which have none that grow, and for the output projection: its input is divided instead, so that
+    tied and untied weights start and learn alike.
+    """
+    if module.startswith(("embed.", "head.")):
+        return 1.0
+    if module.endswith((".experts.down", ".shared.down")):
+        return config.expert_ratio
+    return config.ffn_ratio if module.endswith(".down") else config.width_ratio

@@ -47,6 +47,7 @@ class Embedding(nn.Module):
         self.tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         learned = config.position == "learned"
         self.positions = Positions(config.max_seq_len, config.hidden_size) if learned else None
+        self.multiplier = config.mup.embedding_multiplier
         self.dropout = Dropout(config.dropout, seed, "embed")
 
     def forward(
@@ -56,6 +57,8 @@ class Embedding(nn.Module):
         hidden = self.tokens(tokens)
         if self.positions is not None:
             hidden = hidden + self.positions(tokens)
+        if self.multiplier != 1:
+            hidden = hidden * self.multiplier
         out: Tensor = self.dropout(hidden, samples)
         return out
 
@@ -96,10 +99,14 @@ class Head(nn.Module):
         super().__init__()
         self.norm = build_norm(config, config.hidden_size) if config.norm_placement == "pre" else None
         self.projection = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.scale = config.output_scale
 
     def forward(self, x: Float[Tensor, "batch seq width"]) -> Float[Tensor, "batch _ vocab"]:
         """Return logits; under tensor parallelism those of this rank's columns, for the whole sequence."""
-        logits: Tensor = self.projection(x if self.norm is None else self.norm(x))
+        x = x if self.norm is None else self.norm(x)
+        if self.scale != 1:  # the input, of which there is less than of logits
+            x = x * self.scale
+        logits: Tensor = self.projection(x)
         return logits
 
 

@@ -1,8 +1,9 @@
 """AdamW (Loshchilov & Hutter 2019) on local shards, with clipping and loss-scale folded into the update.
 
-    g <- grad / divisor;  m, v <- moments of g;  w <- w (1 - lr decay) - lr m^ / (sqrt(v^) + eps)
+    g <- grad / divisor;  m, v <- moments of g;  w <- w (1 - lr decay) - lr rate m^ / (sqrt(v^) + eps)
 
-torch's fused kernel does it in one pass; decay acts on matrices only. State lives in the master format.
+`rate` is a weight's own factor (muP); decay does not follow it, so that it acts alike at every width, as in Yang's mup
+(Kosson et al. 2025 say why). torch's fused kernel does it in one pass. State lives in the master format.
 """
 
 from __future__ import annotations
@@ -19,35 +20,36 @@ from dist_llm.config.training import OptimizerConfig
 
 @dataclass(frozen=True)
 class Slot:
-    """A parameter's local storage, its two moments and whether it decays."""
+    """A parameter's local storage, its two moments, whether it decays, and the factor on its learning rate."""
 
     weight: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
     decays: bool
+    rate: float
 
 
 class AdamW:
     """The optimizer of this rank's shards; elementwise, so no rank needs another."""
 
-    def __init__(self, weights: Sequence[Tensor], decays: Sequence[bool], config: OptimizerConfig) -> None:
+    def __init__(
+        self, weights: Sequence[Tensor], decays: Sequence[bool], rates: Sequence[float], config: OptimizerConfig
+    ) -> None:
         self._config = config
         self.slots = [
-            Slot(weight, torch.zeros_like(weight), torch.zeros_like(weight), decay)
-            for weight, decay in zip(weights, decays, strict=True)
+            Slot(weight, torch.zeros_like(weight), torch.zeros_like(weight), decay, rate)
+            for weight, decay, rate in zip(weights, decays, rates, strict=True)
         ]
         self.num_updates = 0
 
     def step(self, grads: Sequence[Tensor | None], lr: float, divisor: Tensor) -> None:
         """Update every slot that has a gradient; gradients are divided by `divisor` (0-d) on the way in."""
-        for decay in (True, False):
-            chosen = [
-                (slot, grad)
-                for slot, grad in zip(self.slots, grads, strict=True)
-                if slot.decays == decay and grad is not None and grad.numel()
-            ]
-            if chosen:
-                self._update(chosen, lr, self._config.weight_decay if decay else 0.0, divisor)
+        groups: dict[tuple[bool, float], list[tuple[Slot, Tensor]]] = {}
+        for slot, grad in zip(self.slots, grads, strict=True):
+            if grad is not None and grad.numel():
+                groups.setdefault((slot.decays, slot.rate), []).append((slot, grad))
+        for (decay, rate), chosen in groups.items():
+            self._update(chosen, lr * rate, self._config.weight_decay / rate if decay else 0.0, divisor)
         self.num_updates += 1
 
     @torch.no_grad()

@@ -12,9 +12,11 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from dist_llm.config.model import ModelConfig
 from dist_llm.config.run import RunConfig
 from dist_llm.engine import native, routing
 from dist_llm.engine.routing import Routing
+from dist_llm.models.plan import plan_rate
 from dist_llm.ops import linear
 from dist_llm.ops.context_share import ContextShare
 from dist_llm.parallel import collectives, context, ring, zero
@@ -59,6 +61,7 @@ FAULTS = (
     Fault("balance loss sees a part of the sequence", 2, {"context": 2}, MOE),
     Fault("router losses counted by every tp rank", 2, {"tensor": 2}, MOE),
     Fault("bias moved by one rank's counts", 2, {"zero": 0}, MOE),
+    Fault("learning rate by a shard's fan-in", 2, {"tensor": 2}, {"mup": {"base_width": 8}}),
 )
 
 
@@ -138,6 +141,10 @@ def _backwards(dispatch: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _rate_of_shard(config: ModelConfig, name: str) -> float:
+    return plan_rate(config, name) * (2 if name.endswith(("wo.weight", "down.weight")) else 1)
+
+
 def _share_of_all(begin: Callable[..., None]) -> Callable[..., None]:
     def call(self: Routing, unit: float) -> None:
         begin(self, unit)
@@ -185,6 +192,7 @@ PATCHES: dict[str, Callable[[], list[Any]]] = {
     "expert gradients not summed": lambda: [patch.object(native, "reduce_in_buckets", _but_experts)],
     "balance loss sees a part of the sequence": lambda: [patch.object(routing, "all_reduce_sum", lambda x, axis: x)],
     "router losses counted by every tp rank": lambda: [patch.object(Routing, "begin", _share_of_all(Routing.begin))],
+    "learning rate by a shard's fan-in": lambda: [patch.object(native, "plan_rate", _rate_of_shard)],
     "bias moved by one rank's counts": lambda: [patch.object(Routing, "gather", _own_counts)],
 }
 """What each fault replaces."""

@@ -248,6 +248,31 @@ BROKEN: list[tuple[str, dict[str, object], int | None, str]] = [
         "model.num_heads=64 makes heads of odd width 1 under model.position=rope; use 4, 8, 16 or 32",
     ),
     (
+        "mup_needs_base_width",
+        {"model__mup__output_multiplier": 2.0},
+        None,
+        "model.mup.output_multiplier=2.0 needs model.mup.base_width, which turns muP on; use 1.0",
+    ),
+    (
+        "mup_needs_base_width",
+        {"model__mup__base_head_width": 4},
+        None,
+        "model.mup.base_head_width=4 needs model.mup.base_width, which turns muP on; use null",
+    ),
+    (
+        "base_heads_divide_base_width",
+        {"model__num_heads": 2, "model__num_kv_heads": 2, "model__mup__base_width": 16},
+        None,
+        "model.mup.base_head_width=unset means heads of 32, as here; their width must divide model.mup.base_width=16; "
+        "use 8",
+    ),
+    (
+        "base_heads_divide_base_width",
+        {"model__mup__base_width": 12, "model__mup__base_head_width": 5},
+        None,
+        "model.mup.base_head_width=5 must divide model.mup.base_width=12; use 2, 3, 4 or 6",
+    ),
+    (
         "sequence_fits_positions",
         {"data__seq_len": 65},
         None,

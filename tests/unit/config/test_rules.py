@@ -57,6 +57,9 @@ def test_small_config_is_legal(ranks: int | None) -> None:
         {"precision__name": "fp64"},
         {"telemetry__eval_interval": 5, "data__validation_fraction": 0.1},
         {"parallel__pipeline": 4, "parallel__schedule": "gpipe", "data__global_batch": 2},
+        {"model__mup__base_width": 32, "model__mup__output_multiplier": 2.0},
+        {"model__mup__base_width": 24, "model__mup__base_head_width": 3},
+        {"model__head_dim": 24, "model__mup__base_width": 32},
     ],
 )
 def test_legal_corners(changes: dict[str, object]) -> None:

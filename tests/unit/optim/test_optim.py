@@ -19,7 +19,7 @@ def test_adamw_is_torchs_with_clipping_folded_in(dtype: torch.dtype) -> None:
     reference = [torch.nn.Parameter(weight.clone()) for weight in weights]
     groups = [{"params": reference[:1], "weight_decay": 0.1}, {"params": reference[1:], "weight_decay": 0.0}]
     theirs = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
-    ours = AdamW(weights, [True, False], OptimizerConfig(lr=1e-2))
+    ours = AdamW(weights, [True, False], [1.0, 1.0], OptimizerConfig(lr=1e-2))
     for _ in range(5):
         grads = [torch.randn_like(weight) for weight in weights]
         for parameter, grad in zip(reference, grads, strict=True):
@@ -31,9 +31,35 @@ def test_adamw_is_torchs_with_clipping_folded_in(dtype: torch.dtype) -> None:
         torch.testing.assert_close(weight, parameter.detach(), rtol=tolerance, atol=tolerance)
 
 
+def test_a_rate_scales_the_step_and_leaves_the_decay() -> None:
+    torch.manual_seed(0)
+    weights = [torch.randn(7, 5, dtype=torch.float64) for _ in range(2)]
+    reference = [torch.nn.Parameter(weight.clone()) for weight in weights]
+    groups = [
+        {"params": [parameter], "lr": 1e-2 * rate, "weight_decay": 0.1 / rate}
+        for parameter, rate in zip(reference, (0.25, 1.0), strict=True)
+    ]
+    theirs = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+    ours = AdamW(weights, [True, True], [0.25, 1.0], OptimizerConfig(lr=1e-2))
+    still = weights[0].clone()
+    ours.step([torch.zeros_like(still), None], 1e-2, torch.tensor(1.0))
+    torch.testing.assert_close(weights[0], still * (1 - 1e-2 * 0.1))
+    for weight, parameter in zip(weights, reference, strict=True):
+        parameter.data.copy_(weight)
+    ours = AdamW(weights, [True, True], [0.25, 1.0], OptimizerConfig(lr=1e-2))
+    for _ in range(3):
+        grads = [torch.randn_like(weight) for weight in weights]
+        for parameter, grad in zip(reference, grads, strict=True):
+            parameter.grad = grad.clone()
+        theirs.step()
+        ours.step(grads, 1e-2, torch.tensor(1.0))
+    for weight, parameter in zip(weights, reference, strict=True):
+        torch.testing.assert_close(weight, parameter.detach(), rtol=1e-14, atol=1e-14)
+
+
 def test_a_slot_without_gradient_stays() -> None:
     weight = torch.ones(3, 3)
-    AdamW([weight], [True], OptimizerConfig()).step([None], 1.0, torch.tensor(1.0))
+    AdamW([weight], [True], [1.0], OptimizerConfig()).step([None], 1.0, torch.tensor(1.0))
     assert torch.equal(weight, torch.ones(3, 3))
 
 
