@@ -59,11 +59,9 @@ def _partial(name: str, model: ModelConfig, sequence: bool) -> bool:
 
 
 def _late(name: str, parallel: ParallelConfig) -> bool:
-    """Return whether it is the gradient of a linear; a bias that is added after a sum over tp is not part of one."""
+    """Return whether it is the gradient of a linear, an expert's too; not of a bias that follows a sum over tp."""
     module, _, leaf = name.rpartition(".")
-    owner, _, linear = module.rpartition(".")
-    if owner.endswith(".experts"):
-        return False
+    linear = module.rpartition(".")[2]
     if linear in ("wo", "down"):
         return leaf == "weight" or parallel.tensor == 1
     return linear in ("wq", "wk", "wv", "gate", "up", "projection")

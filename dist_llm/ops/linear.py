@@ -35,7 +35,8 @@ class WeightGradients:
         return compute_all
 
 
-def _accumulate(parameter: Tensor, gradient: Tensor) -> None:
+def accumulate(parameter: Tensor, gradient: Tensor) -> None:
+    """Add a gradient to its parameter's `grad`, or let it be that."""
     parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
@@ -54,9 +55,9 @@ class _Linear(torch.autograd.Function):
 
         def compute() -> None:
             rows = grad.reshape(-1, grad.shape[-1])
-            _accumulate(weight, rows.t() @ x.reshape(-1, x.shape[-1]))
+            accumulate(weight, rows.t() @ x.reshape(-1, x.shape[-1]))
             if bias is not None:
-                _accumulate(bias, rows.sum(dim=0))
+                accumulate(bias, rows.sum(dim=0))
 
         ctx.later.add(compute)
         return grad @ weight if ctx.needs_input_grad[0] else None, None, None, None

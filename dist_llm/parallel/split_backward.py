@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from dist_llm.ops.linear import WeightGradients, linear
-from dist_llm.parallel.tensor import RowParallelLinear
 
 
 class SplitLinear(nn.Linear):
     """A linear that leaves its weight gradient in a queue."""
 
-    later: WeightGradients
+    later: WeightGradients | None = None
 
     def forward(self, x: Float[Tensor, "*rows inputs"]) -> Float[Tensor, "*rows outputs"]:
         """Map x."""
@@ -31,13 +30,16 @@ class SplitLinear(nn.Linear):
 
 
 def apply_split_backward(model: nn.Module) -> WeightGradients:
-    """Make every linear of a stage leave its weight gradient in one queue, in place; return the queue."""
+    """Make every linear of a stage leave its weight gradient in one queue, in place; return the queue.
+
+    Those are torch's, and every module that says so by its attribute `later`.
+    """
     later = WeightGradients()
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = SplitLinear
-        if isinstance(module, SplitLinear | RowParallelLinear):
-            module.later = later
+        if hasattr(module, "later"):
+            module.later = later  # type: ignore[assignment]
     return later
 
 
