@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from dist_llm.accounting.held import HeldTensor, rank_stages, stage_units
-from dist_llm.accounting.memory import FORMAT_BYTES, Place
+from dist_llm.accounting.memory import FORMAT_BYTES, Place, uses_fsdp
 from dist_llm.accounting.params import padded_vocab
 from dist_llm.accounting.schedules import crosses
 from dist_llm.accounting.stages import StagePlan
@@ -195,7 +195,7 @@ def step_traffic(shapes: Shapes) -> Traffic:
     """Return the collectives of one training step of one rank."""
     ledger = _Ledger()
     parallel = shapes.parallel
-    fsdp = shapes.place.shards > 1 or shapes.precision.compute != shapes.precision.master
+    fsdp = uses_fsdp(parallel, shapes.precision, shapes.place.shards)
     stages = rank_stages(shapes.model, parallel, shapes.place.pipeline_index)
     crossing = shapes.hidden_bytes // (parallel.tensor if parallel.sequence else 1)
     for stage in stages:

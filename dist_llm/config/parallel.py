@@ -40,6 +40,9 @@ class ParallelConfig(Section):
     """Copies of what ZeRO shards, each spread over data / replicate ranks (HSDP); 1 under `zero: 0`."""
     zero: Annotated[Literal[0, 1, 2, 3], Choice] = 1
     """ZeRO stage (Rajbhandari et al. 2020): 0 shards nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """What lives in host memory (Ren et al. 2021): nothing; optimizer state, with the update run there; or that and the
+    shards of parameters and gradients."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that a backward computes again: none, or all of a block (Chen et al. 2016); selective is refused."""
     bucket_mib: int = Field(64, ge=1, le=2**16)

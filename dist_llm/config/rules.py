@@ -238,6 +238,17 @@ def replicas_need_shards(config: RunConfig, world_size: int | None) -> Iterator[
         yield Broken("parallel.replicate", "must be 1 with parallel.zero=0, which replicates everything", (1,))
 
 
+@reads("parallel.offload", "parallel.zero")
+def offloaded_parameters_are_sharded(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """`parallel.offload: parameters` needs `parallel.zero` of 1 or more: it keeps ZeRO's shards in host memory.
+
+    Under `parallel.zero: 0` every rank computes with its parameters where they are stored.
+    """
+    if config.parallel.offload == "parameters" and config.parallel.zero == 0:
+        words = "needs parallel.zero of 1 or more, whose shards it keeps in host memory"
+        yield Broken("parallel.offload", words, ("optimizer", "none"))
+
+
 @reads(*_DATA_KEYS, "parallel.replicate")
 def replicas_divide_data(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
     """`parallel.replicate` divides the data axis: `parallel.data`, or what the number of ranks makes of it."""
@@ -298,6 +309,7 @@ LAYOUT_RULES: tuple[Rule, ...] = (
     tensor_divides_experts,
     recompute_is_built,
     replicas_need_shards,
+    offloaded_parameters_are_sharded,
     replicas_divide_data,
     ranks_fit_layout,
 )

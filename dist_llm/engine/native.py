@@ -25,13 +25,14 @@ from dist_llm.engine.model import splittable
 from dist_llm.engine.routing import Routing
 from dist_llm.ops.context_share import ContextShare
 from dist_llm.optim.adamw import AdamW
+from dist_llm.optim.host_adamw import HostAdamW
 from dist_llm.optim.schedule import learning_rate
 from dist_llm.parallel.apply import Formats, SplitStage, apply_layout
 from dist_llm.parallel.cross_entropy import cross_entropy_sum
 from dist_llm.parallel.grad_norm import primary_square_sum
 from dist_llm.parallel.pipeline import Accumulation, Microbatching, Runner, Scheduled, StageTensors
 from dist_llm.parallel.shards import LocalShard
-from dist_llm.parallel.zero import needs_fsdp, reduce_in_buckets
+from dist_llm.parallel.zero import needs_fsdp, reduce_in_buckets, storage_device
 from dist_llm.runtime.mesh import Mesh
 from dist_llm.types import IGNORE_INDEX, Batch, DataSlice, LossSum, StepResult, TensorShard, TrainState
 
@@ -70,7 +71,8 @@ class NativeEngine:
         self.shards: list[LocalShard] = [shard for stage in self.stages for shard in stage.shards]
         self._tied = [shard for shard in self.shards if model.tied and shard.name == model.tied[0]]
         decays = [len(shard.shape) >= 2 for shard in self.shards]
-        self.optimizer = AdamW([shard.tensor for shard in self.shards], decays, config.optimizer)
+        kind = HostAdamW if config.parallel.offload == "optimizer" else AdamW
+        self.optimizer = kind([shard.tensor for shard in self.shards], decays, config.optimizer)
         self._runner = self._build_runner(self.stages)
         self._routing = Routing([stage.part.model for stage in self.stages], config.model.moe, mesh)
         self._step = 0
@@ -96,7 +98,7 @@ class NativeEngine:
         shape = (cut.size, length, self._config.model.hidden_size)
         tp = self._mesh.tp.size
         num_logits = padded_vocab(self._config.model.vocab_size, tp) // tp
-        crossing = StageTensors(shape, self._formats.compute, (cut.size, share), num_logits)
+        crossing = StageTensors(shape, self._formats.compute, (cut.size, share), num_logits, self._mesh.device)
         parts = [stage.part for stage in stages]
         return Scheduled(parts, crossing, self._loss, cut, parallel.zero, parallel.schedule, self._mesh.pp)
 
@@ -114,7 +116,8 @@ class NativeEngine:
         self._finish_gradients()
         self._routing.gather()
         self.observe("before_update")
-        norm_part = primary_square_sum(self.shards, self._mesh.device)
+        stored = storage_device(self._mesh, self._config.parallel.offload)
+        norm_part = primary_square_sum(self.shards, stored).to(self._mesh.device)
         totals = self._totals(loss, batch, norm_part, self._routing.sums(self._mesh.device))
         lr = learning_rate(self._step, self._config.optimizer.lr, self._config.schedule, self._config.run.steps)
         finite = math.isfinite(totals.grad_norm) and math.isfinite(totals.loss)
@@ -160,13 +163,14 @@ class NativeEngine:
         copies are here, under a schedule in a V.
         """
         mesh, bucket = self._mesh, self._config.parallel.bucket_mib << 20
-        if not needs_fsdp(mesh, self._formats.compute, self._formats.master):
-            reduce_in_buckets(self._gradients(s for s in self.shards if not s.expert), mesh.zero, bucket)
-            reduce_in_buckets(self._gradients(s for s in self.shards if s.expert), mesh.expert.zero, bucket)
+        at = mesh.device
+        if not needs_fsdp(mesh, self._formats.compute, self._formats.master, self._config.parallel.offload):
+            reduce_in_buckets(self._gradients(s for s in self.shards if not s.expert), mesh.zero, bucket, at)
+            reduce_in_buckets(self._gradients(s for s in self.shards if s.expert), mesh.expert.zero, bucket, at)
         if mesh.tp.size > 1:
-            reduce_in_buckets(self._gradients(s for s in self.shards if s.partial), mesh.tp, bucket)
+            reduce_in_buckets(self._gradients(s for s in self.shards if s.partial), mesh.tp, bucket, at)
         if mesh.ends is not None:
-            reduce_in_buckets(self._gradients(self._tied), mesh.ends, bucket)
+            reduce_in_buckets(self._gradients(self._tied), mesh.ends, bucket, at)
         elif len(self._tied) == 2:
             first, last = self._gradients(self._tied)
             last.copy_(first.add_(last))
@@ -215,8 +219,10 @@ class NativeEngine:
         return TrainState(tuple(tensors), facts)
 
     def restore(self, facts: dict[str, object]) -> None:
-        """Take over step and update count of a checkpoint, and its loss scale where both sides use one."""
+        """Take over step and update count of a checkpoint whose tensors are in place, and its loss scale where both
+        sides use one."""
         self._step = int(facts["step"])  # type: ignore[call-overload]
+        self.optimizer.take_weights()
         self.optimizer.num_updates = int(facts["optimizer_updates"])  # type: ignore[call-overload]
         if self._config.precision.compute == "fp16" and facts["compute"] == "fp16":
             self._scale.value = float(facts["loss_scale"])  # type: ignore[arg-type]

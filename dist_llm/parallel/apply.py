@@ -23,7 +23,7 @@ from dist_llm.parallel.recompute import apply_recompute
 from dist_llm.parallel.shards import LocalShard, list_shards
 from dist_llm.parallel.split_backward import apply_split_backward
 from dist_llm.parallel.tensor import apply_tensor
-from dist_llm.parallel.zero import apply_zero, needs_fsdp
+from dist_llm.parallel.zero import apply_zero, needs_fsdp, storage_device
 from dist_llm.runtime.mesh import Mesh
 from dist_llm.types import ShardPlan
 
@@ -85,14 +85,15 @@ def _split_stage(
     later = apply_split_backward(module) if parallel.splits_backward else None
     if parallel.recompute == "full":
         apply_recompute(model.blocks(module))
-    if needs_fsdp(mesh, formats.compute, formats.master):
+    if needs_fsdp(mesh, formats.compute, formats.master, parallel.offload):
         policy = MixedPrecisionPolicy(
             param_dtype=formats.compute, reduce_dtype=formats.master, output_dtype=formats.compute
         )
-        apply_zero(module, model.units(module), model.experts(module), mesh, parallel.zero, policy)
-    module.to_empty(device=mesh.device)
-    for buffer in module.buffers():
-        buffer.zero_()
+        apply_zero(module, model.units(module), model.experts(module), mesh, parallel, policy)
+    module.to_empty(device=storage_device(mesh, parallel.offload))
+    for owner in module.modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            setattr(owner, name, torch.zeros_like(buffer, device=mesh.device))
     model.tie(module)
     shards = tuple(list_shards(module, table, mesh, model.tied))
     for shard in shards:

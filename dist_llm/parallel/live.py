@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
 
 
@@ -34,18 +34,37 @@ def _fsdp_groups(model: nn.Module) -> list[Any]:
     return [group for group in groups if group is not None]
 
 
+def _offloaded(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the shards of parameters that FSDP2 keeps in host memory, and those of their gradients."""
+    records = [
+        record
+        for group in _fsdp_groups(model)
+        if isinstance(group.offload_policy, CPUOffloadPolicy)
+        for record in group.fsdp_params
+    ]
+    shards = [record.sharded_param for record in records]
+    return shards, [shard.grad for shard in shards if shard.grad is not None]
+
+
+def host_bytes(model: nn.Module) -> int:
+    """Return the bytes of parameters and gradients that are kept in host memory for a device."""
+    shards, gradients = _offloaded(model)
+    return storage_bytes(shards) + storage_bytes(gradients)
+
+
 def parameter_bytes(model: nn.Module) -> int:
-    """Return the bytes of stored parameters and of their gathered copies."""
+    """Return the bytes of parameters on the device: stored ones and their gathered copies."""
     held: list[Tensor | None] = list(model.parameters())
     for group in _fsdp_groups(model):
         for record in group.fsdp_params:
             held.append(record.sharded_param)
             held.extend(getattr(record, "all_gather_outputs", []))
-    return storage_bytes(held)
+    away = _offloaded(model)[0]
+    return storage_bytes([*held, *away]) - storage_bytes(away)
 
 
 def gradient_bytes(model: nn.Module) -> int:
-    """Return the bytes of gradients, reduced or waiting to be."""
+    """Return the bytes of gradients on the device, reduced or waiting to be."""
     held: list[Tensor | None] = [parameter.grad for parameter in model.parameters()]
     for group in _fsdp_groups(model):
         held.append(getattr(group, "_partial_reduce_output", None))
@@ -54,4 +73,5 @@ def gradient_bytes(model: nn.Module) -> int:
             held.append(getattr(record, "unsharded_accumulated_grad", None))
             unsharded = getattr(record, "_unsharded_param", None)
             held.append(None if unsharded is None else unsharded.grad)
-    return storage_bytes(held)
+    away = _offloaded(model)[1]
+    return storage_bytes([*held, *away]) - storage_bytes(away)

@@ -195,21 +195,24 @@ class StageModule:
 
 @dataclass(frozen=True)
 class StageTensors:
-    """What enters and leaves a stage: tokens [microbatch, T], hidden states [microbatch, T (or T/tp), D] in the compute
-    format, and this rank's logits [microbatch, T, V/tp].
+    """What enters and leaves a stage, and on which device.
+
+    Tokens [microbatch, T], hidden states [microbatch, T (or T/tp), D] in the compute format, and this rank's logits
+    [microbatch, T, V/tp].
     """
 
     hidden_shape: tuple[int, ...]
     dtype: torch.dtype
     tokens_shape: tuple[int, ...]
     num_logits: int
+    device: torch.device
 
 
 _DECLARES_GRADIENTS = "input_grads" in signature(PipelineStage).parameters
 """Whether torch's stage wants to be told the gradients' shapes; before 2.12 it takes them from the values'."""
 
 
-def _build_stage(part: StageModule, crossing: StageTensors, axis: Axis, device: torch.device) -> _Stage:
+def _build_stage(part: StageModule, crossing: StageTensors, axis: Axis) -> _Stage:
     hidden = torch.empty(crossing.hidden_shape, dtype=crossing.dtype, device="meta", requires_grad=True)
     tokens = torch.empty(crossing.tokens_shape, dtype=torch.int64, device="meta")
     logits = torch.empty((*crossing.tokens_shape, crossing.num_logits), dtype=crossing.dtype, device="meta")
@@ -222,7 +225,7 @@ def _build_stage(part: StageModule, crossing: StageTensors, axis: Axis, device: 
         _Plain(part.model),
         part.index,
         part.count,
-        device,
+        crossing.device,
         input_args=tokens if first else hidden,
         output_args=logits if last else hidden,
         group=axis.group,
@@ -254,8 +257,7 @@ class Scheduled:
         axis: Axis,
     ) -> None:
         self._parts = parts
-        device = next(parts[0].model.parameters()).device
-        stages = [_build_stage(part, crossing, axis, device) for part in parts]
+        stages = [_build_stage(part, crossing, axis) for part in parts]
         self._cut, self._forwards = cut, 0
         for stage in stages:
             stage.zero, stage.num_microbatches, stage.after_forward = zero, cut.count, self._count_forward
@@ -267,7 +269,7 @@ class Scheduled:
             self._schedule = _MULTIPLE[schedule](list(stages), **options)
         self._first = any(part.index == 0 for part in parts)
         self._last = any(part.index == part.count - 1 for part in parts)
-        self._device = device
+        self._device = crossing.device
 
     def _count_forward(self) -> None:
         if not torch.is_grad_enabled():

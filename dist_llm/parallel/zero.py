@@ -13,18 +13,25 @@ together when tied in one stage). FSDP2 also serves with nothing to shard below 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from dist_llm.config.parallel import ParallelConfig
 from dist_llm.runtime.mesh import Axis, Mesh
 
 
-def needs_fsdp(mesh: Mesh, compute: torch.dtype, master: torch.dtype) -> bool:
-    """Return whether there is anything to shard or to cast."""
-    return mesh.shard.size > 1 or compute != master
+def needs_fsdp(mesh: Mesh, compute: torch.dtype, master: torch.dtype, offload: str) -> bool:
+    """Return whether there is anything to shard, to cast or to fetch from the host."""
+    return mesh.shard.size > 1 or compute != master or offload == "parameters"
+
+
+def storage_device(mesh: Mesh, offload: str) -> torch.device:
+    """Return where parameters are stored."""
+    return torch.device("cpu") if offload == "parameters" else mesh.device
 
 
 def apply_zero(
@@ -32,7 +39,7 @@ def apply_zero(
     units: Iterable[nn.Module],
     experts: Iterable[nn.Module],
     mesh: Mesh,
-    stage: int,
+    parallel: ParallelConfig,
     policy: MixedPrecisionPolicy,
 ) -> None:
     """Shard experts, then each unit, then what is left as the root, in place. Gradients are summed, never averaged.
@@ -41,18 +48,26 @@ def apply_zero(
     gather units of another microbatch in vain, so each unit prefetches the one before it and the first none.
     """
     listed = list(units)
+    offload = _offload_policy(mesh, parallel.offload)
+    options: dict[str, Any] = {"reshard_after_forward": parallel.zero == 3, "mp_policy": policy}
     for module in experts:
-        fully_shard(module, mesh=mesh.expert.zero_mesh, reshard_after_forward=stage == 3, mp_policy=policy)
+        fully_shard(module, mesh=mesh.expert.zero_mesh, offload_policy=offload, **options)
     for module in [*listed, model]:
-        fully_shard(module, mesh=mesh.zero_mesh, reshard_after_forward=stage == 3, mp_policy=policy)
+        fully_shard(module, mesh=mesh.zero_mesh, offload_policy=offload, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    if stage == 3 and mesh.pp.size > 1:
+    if parallel.zero == 3 and mesh.pp.size > 1:
         for before, unit in zip([listed[0], *listed], listed, strict=False):
             if isinstance(unit, FSDPModule) and isinstance(before, FSDPModule):
                 unit.set_modules_to_backward_prefetch([before])
+
+
+def _offload_policy(mesh: Mesh, offload: str) -> OffloadPolicy:
+    if offload != "parameters":
+        return OffloadPolicy()
+    return CPUOffloadPolicy(pin_memory=mesh.device.type != "cpu")
 
 
 def set_backward_traffic(model: nn.Module, stage: int, last: bool, complete: bool = True) -> None:
@@ -73,15 +88,16 @@ def release(model: nn.Module) -> None:
             module.reshard()
 
 
-def reduce_in_buckets(grads: Iterable[Tensor], axis: Axis, bucket_bytes: int) -> None:
+def reduce_in_buckets(grads: Iterable[Tensor], axis: Axis, bucket_bytes: int, device: torch.device) -> None:
     """Sum gradients over the axis in place, in flat buckets. Issues one all-reduce a bucket over `axis`.
 
-    Buckets hold whole tensors of one dtype, at most `bucket_bytes` unless one tensor alone is larger.
+    Buckets hold whole tensors of one dtype, at most `bucket_bytes` unless one tensor alone is larger. They are sent
+    from `device`, wherever the gradients are.
     """
     if axis.size == 1:
         return
     for bucket in _buckets(grads, bucket_bytes):
-        flat = torch.cat([grad.reshape(-1) for grad in bucket])
+        flat = torch.cat([grad.reshape(-1) for grad in bucket]).to(device)
         dist.all_reduce(flat, group=axis.group)
         for grad, part in zip(bucket, torch.split(flat, [grad.numel() for grad in bucket]), strict=True):
             grad.copy_(part.view_as(grad))

@@ -14,7 +14,7 @@ from torch import Tensor
 from dist_llm.config.run import RunConfig
 from dist_llm.engine import native, routing
 from dist_llm.engine.routing import Routing
-from dist_llm.ops import linear
+from dist_llm.ops import grouped_linear, linear
 from dist_llm.ops.context_share import ContextShare
 from dist_llm.parallel import collectives, context, zero
 from dist_llm.parallel.expert import ExpertDispatch
@@ -41,6 +41,7 @@ FAULTS = (
     Fault("norm counts replicas", 2, {"tensor": 2}),
     Fault("tied copies drift apart", 2, {"pipeline": 2, "schedule": "zbv"}),
     Fault("second half of a backward run twice", 2, {"pipeline": 2, "schedule": "zero_bubble"}),
+    Fault("second half of experts run twice", 2, {"pipeline": 2, "schedule": "zero_bubble"}, MOE),
     Fault("ring merges without weights", 2, {"context": 2}),
     Fault("chunks of the sequence swapped", 2, {"context": 2}),
     Fault("ulysses mixes up positions", 2, {"context": 2, "context_method": "ulysses"}),
@@ -52,7 +53,7 @@ FAULTS = (
 )
 
 
-def _dropped(grads: Any, axis: Any, size: int) -> None:
+def _dropped(grads: Any, axis: Any, size: int, device: torch.device) -> None:
     list(grads)
 
 
@@ -64,16 +65,16 @@ def _natural(attention: Any, part: int, device: torch.device) -> Tensor:
     return torch.arange(attention._axis.size * part)
 
 
-def _averaged(grads: Any, axis: Any, size: int) -> None:
+def _averaged(grads: Any, axis: Any, size: int, device: torch.device) -> None:
     kept = list(grads)
-    zero.reduce_in_buckets(kept, axis, size)
+    zero.reduce_in_buckets(kept, axis, size, device)
     for grad in kept:
         grad.div_(axis.size)
 
 
-def _but_experts(grads: Any, axis: Any, size: int) -> None:
+def _but_experts(grads: Any, axis: Any, size: int, device: torch.device) -> None:
     if axis.name != "expert_zero":
-        zero.reduce_in_buckets(grads, axis, size)
+        zero.reduce_in_buckets(grads, axis, size, device)
 
 
 def _every_square(shards: Any, device: torch.device) -> Tensor:
@@ -110,9 +111,7 @@ def _share_of_all(begin: Callable[..., None]) -> Callable[..., None]:
 
 PATCHES: dict[str, Callable[[], list[Any]]] = {
     "tp all-reduce dropped": lambda: [patch.object(collectives, "all_reduce_sum", lambda x, axis: x.clone())],
-    "gradient all-reduce dropped": lambda: [
-        patch.object(native, "reduce_in_buckets", lambda g, a, s: list(g) and None)
-    ],
+    "gradient all-reduce dropped": lambda: [patch.object(native, "reduce_in_buckets", _dropped)],
     "gradient scaled by ranks": lambda: [patch.object(native, "reduce_in_buckets", _averaged)],
     "ZeRO averages gradients": lambda: [
         patch.object(zero.FSDPModule, "set_gradient_divide_factor", lambda module, factor: None),
@@ -120,7 +119,8 @@ PATCHES: dict[str, Callable[[], list[Any]]] = {
     ],
     "norm counts replicas": lambda: [patch.object(native, "primary_square_sum", _every_square)],
     "tied copies drift apart": lambda: [patch.object(native.NativeEngine, "_finish_gradients", lambda engine: None)],
-    "second half of a backward run twice": lambda: [patch.object(linear, "_accumulate", _twice)],
+    "second half of a backward run twice": lambda: [patch.object(linear, "accumulate", _twice)],
+    "second half of experts run twice": lambda: [patch.object(grouped_linear, "accumulate", _twice)],
     "ring merges without weights": lambda: [patch.object(context, "merge", _unweighted)],
     "chunks of the sequence swapped": lambda: [patch.object(ContextShare, "positions", _in_order)],
     "ulysses mixes up positions": lambda: [

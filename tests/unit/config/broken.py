@@ -183,6 +183,13 @@ BROKEN: list[tuple[str, dict[str, object], int | None, str]] = [
         "parallel.replicate=2 must be 1 with parallel.zero=0, which replicates everything; use 1",
     ),
     (
+        "offloaded_parameters_are_sharded",
+        {"parallel__offload": "parameters", "parallel__zero": 0},
+        None,
+        "parallel.offload=parameters needs parallel.zero of 1 or more, whose shards it keeps in host memory; "
+        "use optimizer or none",
+    ),
+    (
         "replicas_divide_data",
         {"parallel__replicate": 3},
         8,
