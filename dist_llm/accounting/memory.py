@@ -4,11 +4,9 @@
     S     sum over tensors of ceil(rows / shards) x row (FSDP2's allocation);  R  the same for this rank's real rows
     last forward    parameters S W + gathered S shards C  gradients 0, P W or S W  optimizer 2 R W
     before, after the update   S W                             S W                       2 R W
-    of it on the host: under offload=optimizer 2 R W, and 2 R W more (masters, arriving gradients); under
-    offload=parameters the shards of all three
 
-Without FSDP (nothing to shard or cast) S = R = P and nothing is gathered; zero 3 has nothing gathered at the last
-forward either. Gradients stay until the next step begins. Rajbhandari et al. 2020.
+Without FSDP (nothing to shard, cast or fetch) S = R = P and nothing is gathered; nor is it by zero 3 at the last
+forward. On the host are 4 R W (masters, moments, gradients) under offload=optimizer, all S W, R W under parameters.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from dist_llm.parallel.cross_entropy import cross_entropy_sum
 from dist_llm.parallel.grad_norm import primary_square_sum
 from dist_llm.parallel.pipeline import Accumulation, Microbatching, Runner, Scheduled, StageTensors
 from dist_llm.parallel.shards import LocalShard
-from dist_llm.parallel.zero import needs_fsdp, reduce_in_buckets, storage_device
+from dist_llm.parallel.zero import reduce_in_buckets, storage_device
 from dist_llm.runtime.mesh import Mesh
 from dist_llm.types import IGNORE_INDEX, Batch, DataSlice, LossSum, StepResult, TensorShard, TrainState
 
@@ -92,7 +92,7 @@ class NativeEngine:
         local = data.global_batch // self._mesh.dp.size
         cut = Microbatching(data.microbatch, local // data.microbatch, lambda: self.observe("last_forward"))
         if self._mesh.pp.size == 1:
-            return Accumulation(stages[0].part.model, self._loss, cut, parallel.zero)
+            return Accumulation(stages[0].part, self._loss, cut, parallel.zero)
         share = data.seq_len // self._mesh.cp.size
         length = share // self._mesh.tp.size if parallel.sequence else share
         shape = (cut.size, length, self._config.model.hidden_size)
@@ -156,17 +156,17 @@ class NativeEngine:
             documents=None if batch.documents is None else batch.documents.to(device, non_blocking=True),
         )
 
+    @torch.no_grad()
     def _finish_gradients(self) -> None:
-        """Complete what no backward did: replicas (zero), partial sums (tp), the two tied copies (ends).
+        """Complete what no backward did: what is left of replicas (zero), partial sums (tp), tied copies (ends).
 
-        Issues one all-reduce a bucket over zero (without FSDP), over tp (partial gradients), over ends, unless both
-        copies are here, under a schedule in a V.
+        Issues one all-reduce a bucket over tp (partial gradients), over ends, unless both copies are here, under a
+        schedule in a V; over zero what a last backward has not sent (without FSDP).
         """
         mesh, bucket = self._mesh, self._config.parallel.bucket_mib << 20
         at = mesh.device
-        if not needs_fsdp(mesh, self._formats.compute, self._formats.master, self._config.parallel.offload):
-            reduce_in_buckets(self._gradients(s for s in self.shards if not s.expert), mesh.zero, bucket, at)
-            reduce_in_buckets(self._gradients(s for s in self.shards if s.expert), mesh.expert.zero, bucket, at)
+        for stage in self.stages:
+            stage.part.replicas.finish()
         if mesh.tp.size > 1:
             reduce_in_buckets(self._gradients(s for s in self.shards if s.partial), mesh.tp, bucket, at)
         if mesh.ends is not None:

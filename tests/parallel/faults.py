@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -16,8 +17,9 @@ from dist_llm.engine import native, routing
 from dist_llm.engine.routing import Routing
 from dist_llm.ops import grouped_linear, linear
 from dist_llm.ops.context_share import ContextShare
-from dist_llm.parallel import collectives, context, zero
+from dist_llm.parallel import collectives, context, replicas, zero
 from dist_llm.parallel.expert import ExpertDispatch
+from dist_llm.parallel.replicas import ReplicaSum
 from tests.parallel.tiny import MOE, Curve, curve
 
 
@@ -37,6 +39,8 @@ FAULTS = (
     Fault("gradient all-reduce dropped", 2, {"tensor": 2, "sequence": True}),
     Fault("gradient all-reduce dropped", 2, {"pipeline": 2}),
     Fault("gradient scaled by ranks", 2, {"zero": 0}),
+    Fault("bucket sent before the last backward", 2, {"zero": 0}),
+    Fault("bucket sent before the last backward", 4, {"pipeline": 2, "zero": 0}),
     Fault("ZeRO averages gradients", 2, {"zero": 1}),
     Fault("norm counts replicas", 2, {"tensor": 2}),
     Fault("tied copies drift apart", 2, {"pipeline": 2, "schedule": "zbv"}),
@@ -65,16 +69,33 @@ def _natural(attention: Any, part: int, device: torch.device) -> Tensor:
     return torch.arange(attention._axis.size * part)
 
 
-def _averaged(grads: Any, axis: Any, size: int, device: torch.device) -> None:
-    kept = list(grads)
-    zero.reduce_in_buckets(kept, axis, size, device)
-    for grad in kept:
-        grad.div_(axis.size)
+class _Home:
+    """A journey that was never made."""
+
+    def wait(self) -> None:
+        """There is nothing to wait for."""
 
 
-def _but_experts(grads: Any, axis: Any, size: int, device: torch.device) -> None:
-    if axis.name != "expert_zero":
-        zero.reduce_in_buckets(grads, axis, size, device)
+def _averaged(begin_sum: Callable[..., Any], flat: Tensor, axis: Any) -> Any:
+    return begin_sum(flat.div_(axis.size), axis)
+
+
+def _but_experts(begin_sum: Callable[..., Any], flat: Tensor, axis: Any) -> Any:
+    return _Home() if axis.name == "expert_zero" else begin_sum(flat, axis)
+
+
+def _but_counts(all_reduce: Callable[..., Any]) -> Callable[..., Any]:
+    def call(x: Tensor, group: Any, async_op: bool = False) -> Any:
+        return None if x.dtype == torch.int64 else all_reduce(x, group=group, async_op=async_op)
+
+    return call
+
+
+def _too_early(expect: Callable[..., None]) -> Callable[..., None]:
+    def call(self: ReplicaSum, last: bool) -> None:
+        expect(self, True)
+
+    return call
 
 
 def _every_square(shards: Any, device: torch.device) -> Tensor:
@@ -111,8 +132,12 @@ def _share_of_all(begin: Callable[..., None]) -> Callable[..., None]:
 
 PATCHES: dict[str, Callable[[], list[Any]]] = {
     "tp all-reduce dropped": lambda: [patch.object(collectives, "all_reduce_sum", lambda x, axis: x.clone())],
-    "gradient all-reduce dropped": lambda: [patch.object(native, "reduce_in_buckets", _dropped)],
-    "gradient scaled by ranks": lambda: [patch.object(native, "reduce_in_buckets", _averaged)],
+    "gradient all-reduce dropped": lambda: [
+        patch.object(native, "reduce_in_buckets", _dropped),
+        patch.object(replicas, "begin_sum", lambda flat, axis: _Home()),
+    ],
+    "gradient scaled by ranks": lambda: [patch.object(replicas, "begin_sum", partial(_averaged, replicas.begin_sum))],
+    "bucket sent before the last backward": lambda: [patch.object(ReplicaSum, "expect", _too_early(ReplicaSum.expect))],
     "ZeRO averages gradients": lambda: [
         patch.object(zero.FSDPModule, "set_gradient_divide_factor", lambda module, factor: None),
         patch.object(zero.FSDPModule, "set_force_sum_reduction_for_comms", lambda module, enable: None),
@@ -131,12 +156,16 @@ PATCHES: dict[str, Callable[[], list[Any]]] = {
     "rows come back to other tokens": lambda: [
         patch.object(ExpertDispatch, "__call__", _backwards(ExpertDispatch.__call__))
     ],
-    "expert gradients not summed": lambda: [patch.object(native, "reduce_in_buckets", _but_experts)],
+    "expert gradients not summed": lambda: [
+        patch.object(replicas, "begin_sum", partial(_but_experts, replicas.begin_sum))
+    ],
     "balance loss sees a part of the sequence": lambda: [patch.object(routing, "all_reduce_sum", lambda x, axis: x)],
     "router losses counted by every tp rank": lambda: [patch.object(Routing, "begin", _share_of_all(Routing.begin))],
-    "bias moved by one rank's counts": lambda: [patch.object(routing.dist, "all_reduce", lambda x, group: None)],
+    "bias moved by one rank's counts": lambda: [
+        patch.object(routing.dist, "all_reduce", _but_counts(routing.dist.all_reduce))
+    ],
 }
-"""What each fault replaces. The last leaves all other sums alone: they go through the names patched above."""
+"""What each fault replaces."""
 
 
 @contextmanager

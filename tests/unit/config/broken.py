@@ -190,6 +190,18 @@ BROKEN: list[tuple[str, dict[str, object], int | None, str]] = [
         "use optimizer or none",
     ),
     (
+        "fused_sums_exist",
+        {"parallel__fused_accumulation": True, "parallel__zero": 2, "precision__name": "bf16"},
+        None,
+        "parallel.fused_accumulation=true keeps no sum of whole gradients under parallel.zero=2; use false",
+    ),
+    (
+        "fused_sums_exist",
+        {"parallel__fused_accumulation": True},
+        None,
+        "parallel.fused_accumulation=true has nothing to widen under precision=fp32; use false",
+    ),
+    (
         "replicas_divide_data",
         {"parallel__replicate": 3},
         8,
