@@ -22,3 +22,9 @@ VISIBLE = 1e-5
 
 VISIBLE_MASK = 1e-4
 """What masking attention between documents has to move at the least, so that the mask is seen to act."""
+SAME_SUM = 2e-5
+"""Relative drift of the norm of a mean gradient over many equal microbatches, summed in fp32."""
+VISIBLE_SUM = 2e-4
+"""The least drift of such a norm where sums are in bf16."""
+NEAR_SUM = 2e-3
+"""How much farther from fp32, relative, a gradient norm may be that is rounded less often: the luck of one norm."""

@@ -1,7 +1,7 @@
 """Which parameters a rank holds: by pipeline stage, by ZeRO unit, with the shape of its tp share.
 
-A unit is what ZeRO gathers and scatters in one collective: the embedding, the experts of a block, the rest of a block,
-or the head; embedding and head are one when they are tied in one stage.
+A unit is what ZeRO gathers and scatters in one collective: the embedding, the experts of a block, the rest of one or
+more blocks, or the head; embedding and head are one when they are tied in one stage.
 """
 
 from __future__ import annotations
@@ -59,11 +59,9 @@ def _partial(name: str, model: ModelConfig, sequence: bool) -> bool:
 
 
 def _late(name: str, parallel: ParallelConfig) -> bool:
-    """Return whether it is the gradient of a linear; a bias that is added after a sum over tp is not part of one."""
+    """Return whether it is the gradient of a linear, an expert's too; not of a bias that follows a sum over tp."""
     module, _, leaf = name.rpartition(".")
-    owner, _, linear = module.rpartition(".")
-    if owner.endswith(".experts"):
-        return False
+    linear = module.rpartition(".")[2]
     if linear in ("wo", "down"):
         return leaf == "weight" or parallel.tensor == 1
     return linear in ("wq", "wk", "wv", "gate", "up", "projection")
@@ -81,11 +79,11 @@ def _unit(specs: list[ParamSpec], model: ModelConfig, parallel: ParallelConfig) 
 
 def stage_units(model: ModelConfig, parallel: ParallelConfig, stage: StagePlan) -> list[Unit]:
     """Return the ZeRO units of a stage in forward order; the shared unit of a tied pair, the root, comes last."""
-    layers = [
-        _unit([spec for spec in layer_parameters(model, index) if spec.expert == experts], model, parallel)
-        for index in stage.layers
-        for experts in (True, False)
-    ]
+    layers: list[Unit] = []
+    for start in range(0, len(stage.layers), parallel.unit_blocks):
+        blocks = [list(layer_parameters(model, at)) for at in stage.layers[start : start + parallel.unit_blocks]]
+        layers += [_unit([spec for spec in specs if spec.expert], model, parallel) for specs in blocks]
+        layers.append(_unit([spec for specs in blocks for spec in specs if not spec.expert], model, parallel))
     embed = list(embedding_parameters(model)) if stage.first else []
     head = list(head_parameters(model)) if stage.last else []
     if model.tie_embeddings and stage.first and stage.last:
@@ -93,6 +91,16 @@ def stage_units(model: ModelConfig, parallel: ParallelConfig, stage: StagePlan) 
         return [unit for unit in (*layers, _unit(shared, model, parallel)) if unit]
     units = [_unit(embed, model, parallel), *layers, _unit(head, model, parallel)]
     return [unit for unit in units if unit]
+
+
+def stage_tensors(model: ModelConfig, parallel: ParallelConfig, stage: StagePlan) -> Unit:
+    """Return the tensors of a stage in the order in which the module holds them, a tied pair in one stage once."""
+    specs = list(embedding_parameters(model)) if stage.first else []
+    specs += [spec for index in stage.layers for spec in layer_parameters(model, index)]
+    both = model.tie_embeddings and stage.first
+    head = head_parameters(model) if stage.last else ()
+    specs += [spec for spec in head if not (both and spec.name == "head.projection.weight")]
+    return _unit(specs, model, parallel)
 
 
 def rank_stages(model: ModelConfig, parallel: ParallelConfig, pipeline_index: int) -> list[StagePlan]:

@@ -5,8 +5,8 @@
     last forward    parameters S W + gathered S shards C  gradients 0, P W or S W  optimizer 2 R W
     before, after the update   S W                             S W                       2 R W
 
-Without FSDP (nothing to shard or cast) S = R = P and nothing is gathered; zero 3 has nothing gathered at the last
-forward either. Gradients stay until the next step begins. Rajbhandari et al. 2020.
+Without FSDP (nothing to shard, cast or fetch) S = R = P and nothing is gathered; nor is it by zero 3 at the last
+forward. On the host are 4 R W (masters, moments, gradients) under offload=optimizer, all S W, R W under parameters.
 """
 
 from __future__ import annotations
@@ -25,11 +25,16 @@ FORMAT_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes of model state at one point of a step."""
+    """Bytes of model state at one point of a step: on the device, and all that is kept in host memory instead.
+
+    With offloaded parameters the host's are an upper bound on a device other than CPU: FSDP2 then leaves out the
+    padding of gradients.
+    """
 
     parameters: int
     gradients: int
     optimizer: int
+    host: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,16 +106,19 @@ def backwards_at_last_forward(parallel: ParallelConfig, pipeline_index: int, mic
     return [done.get(stage, BackwardsDone()) for stage in sorted({action.stage for action in order})]
 
 
-def _uses_fsdp(parallel: ParallelConfig, precision: PrecisionConfig, shards: int) -> bool:
-    return shards > 1 or precision.compute != precision.master
+def uses_fsdp(parallel: ParallelConfig, precision: PrecisionConfig, shards: int) -> bool:
+    """Return whether FSDP2 holds the parameters: there is something to shard, to cast or to fetch from the host."""
+    return shards > 1 or precision.compute != precision.master or parallel.offload == "parameters"
 
 
-def _waiting_gradients(tensors: list[HeldTensor], done: BackwardsDone, in_shards: bool, place: Place) -> int:
-    """Return the elements of gradients that wait for later microbatches; in_shards: zero 2 and 3."""
+def _waiting_gradients(
+    tensors: list[HeldTensor], done: BackwardsDone, in_shards: bool, place: Place
+) -> tuple[int, int]:
+    """Return the elements of gradients that wait for later microbatches, not reduced and in shards (zero 2 and 3)."""
     early = sum(tensor.numel for tensor in tensors if not tensor.late) if done.fresh else 0
     if in_shards:
-        return early + sum(place.shard_numel(tensor) for tensor in tensors if done.weights)
-    return sum(tensor.numel for tensor in tensors) if done.weights else early
+        return early, sum(place.shard_numel(tensor) for tensor in tensors if done.weights)
+    return (sum(tensor.numel for tensor in tensors) if done.weights else early), 0
 
 
 def step_bytes(
@@ -118,7 +126,7 @@ def step_bytes(
 ) -> StepBytes:
     """Return the bytes of model state of one rank through a step of `microbatches` microbatches."""
     master, compute = FORMAT_BYTES[precision.master], FORMAT_BYTES[precision.compute]
-    fsdp = _uses_fsdp(parallel, precision, place.shards)
+    fsdp = uses_fsdp(parallel, precision, place.shards)
     stages = rank_stages(model, parallel, place.pipeline_index)
     by_stage = [[tensor for unit in stage_units(model, parallel, stage) for tensor in unit] for stage in stages]
     tensors = [tensor for held in by_stage for tensor in held]
@@ -127,10 +135,19 @@ def step_bytes(
     whole = sum(place.shard_numel(tensor) * place.shards_of(tensor) for tensor in tensors)
     gathered = whole if fsdp and parallel.zero < 3 else 0
     backwards = backwards_at_last_forward(parallel, place.pipeline_index, microbatches)
-    waiting = sum(
+    waiting = [
         _waiting_gradients(held, done, fsdp and parallel.zero >= 2, place)
         for held, done in zip(by_stage, backwards, strict=True)
-    )
-    settled = StateBytes(shards * master, shards * master, 2 * real * master)
-    forward = StateBytes(shards * master + gathered * compute, waiting * master, 2 * real * master)
+    ]
+    whole_gradients, in_shards = (sum(elements) * master for elements in zip(*waiting, strict=True))
+    stored, moments = shards * master, 2 * real * master
+    if parallel.offload == "parameters":
+        # Shards that replicas have yet to add up stay where they are sent from.
+        early, late = (in_shards, 0) if parallel.replicate > 1 else (0, in_shards)
+        settled = StateBytes(0, 0, 0, 2 * stored + moments)
+        forward = StateBytes(gathered * compute, whole_gradients + early, 0, stored + late + moments)
+        return StepBytes(forward, settled, settled)
+    optimizer, host = (0, 2 * moments) if parallel.offload == "optimizer" else (moments, 0)
+    settled = StateBytes(stored, stored, optimizer, host)
+    forward = StateBytes(stored + gathered * compute, whole_gradients + in_shards, optimizer, host)
     return StepBytes(forward, settled, settled)

@@ -15,8 +15,8 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from dist_llm.accounting.held import HeldTensor, rank_stages, stage_units
-from dist_llm.accounting.memory import FORMAT_BYTES, Place
+from dist_llm.accounting.held import HeldTensor, rank_stages, stage_tensors, stage_units
+from dist_llm.accounting.memory import FORMAT_BYTES, Place, uses_fsdp
 from dist_llm.accounting.params import padded_vocab
 from dist_llm.accounting.schedules import crosses
 from dist_llm.accounting.stages import StagePlan
@@ -169,16 +169,17 @@ def _bucket_payloads(sizes: list[int], bucket_bytes: int) -> list[int]:
 def _add_finish(ledger: _Ledger, shapes: Shapes, stages: list[StagePlan], fsdp: bool) -> None:
     """Enter what completes the gradients after the last backward, and the totals over the world."""
     parallel, place = shapes.parallel, shapes.place
-    tensors = [t for stage in stages for unit in stage_units(shapes.model, parallel, stage) for t in unit]
-    local = {id(t): place.real_numel(t) * shapes.master_bytes for t in tensors}
+    by_stage = [stage_tensors(shapes.model, parallel, stage) for stage in stages]
     bucket = parallel.bucket_mib << 20
-    for axis, experts in (("zero", False), ("expert_zero" if parallel.expert > 1 else "zero", True)):
-        alike = [t for t in tensors if t.expert == experts]
-        if not fsdp and alike and shapes.replicas(alike[0]) > 1:
-            for payload in _bucket_payloads([local[id(t)] for t in alike], bucket):
-                ledger.add(axis, "all_reduce", 1, payload)
+    for tensors in by_stage if not fsdp else ():
+        for axis, experts in (("zero", False), ("expert_zero" if parallel.expert > 1 else "zero", True)):
+            alike = [t for t in reversed(tensors) if t.expert == experts]
+            if alike and shapes.replicas(alike[0]) > 1:
+                for payload in _bucket_payloads([t.numel * shapes.master_bytes for t in alike], bucket):
+                    ledger.add(axis, "all_reduce", 1, payload)
     if parallel.tensor > 1:
-        for payload in _bucket_payloads([local[id(t)] for t in tensors if t.partial], bucket):
+        partial = [place.real_numel(t) * shapes.master_bytes for tensors in by_stage for t in tensors if t.partial]
+        for payload in _bucket_payloads(partial, bucket):
             ledger.add("tp", "all_reduce", 1, payload)
     if parallel.pipeline > 1 and shapes.model.tie_embeddings and stages[0].first != stages[-1].last:
         rows = padded_vocab(shapes.model.vocab_size, parallel.tensor) // parallel.tensor
@@ -202,7 +203,7 @@ def step_traffic(shapes: Shapes) -> Traffic:
     """Return the collectives of one training step of one rank."""
     ledger = _Ledger()
     parallel = shapes.parallel
-    fsdp = shapes.place.shards > 1 or shapes.precision.compute != shapes.precision.master
+    fsdp = uses_fsdp(parallel, shapes.precision, shapes.place.shards)
     stages = rank_stages(shapes.model, parallel, shapes.place.pipeline_index)
     crossing = shapes.hidden_bytes // (parallel.tensor if parallel.sequence else 1)
     for stage in stages:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dist_llm.config.base import Choice, Count, Section
+from dist_llm.config.base import Choice, Count, CountOrZero, Section
 
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev"]
 
@@ -44,8 +44,18 @@ class ParallelConfig(Section):
     """Copies of what ZeRO shards, each spread over data / replicate ranks (HSDP); 1 under `zero: 0`."""
     zero: Annotated[Literal[0, 1, 2, 3], Choice] = 1
     """ZeRO stage (Rajbhandari et al. 2020): 0 shards nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """What lives in host memory (Ren et al. 2021): nothing; optimizer state, with the update run there; or that and the
+    shards of parameters and gradients."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that a backward computes again: none, or all of a block (Chen et al. 2016); selective is refused."""
+    fused_accumulation: bool = False
+    """Add each linear's weight gradient to its fp32 sum over microbatches in the product that computes it."""
+    unit_blocks: Count = 1
+    """Consecutive blocks that FSDP gathers and reduces in one collective (experts: one block's); no effect without
+    FSDP."""
+    prefetch: CountOrZero = 1
+    """Units that FSDP gathers ahead of the one that computes, forward and back; no effect without FSDP."""
     bucket_mib: int = Field(64, ge=1, le=2**16)
     """Size of the buckets in which gradients outside FSDP are all-reduced, in MiB; a larger tensor goes alone."""
 

@@ -248,6 +248,34 @@ def replicas_need_shards(config: RunConfig, world_size: int | None) -> Iterator[
         yield Broken("parallel.replicate", "must be 1 with parallel.zero=0, which replicates everything", (1,))
 
 
+@reads("parallel.offload", "parallel.zero")
+def offloaded_parameters_are_sharded(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """`parallel.offload: parameters` needs `parallel.zero` of 1 or more: it keeps ZeRO's shards in host memory.
+
+    Under `parallel.zero: 0` every rank computes with its parameters where they are stored.
+    """
+    if config.parallel.offload == "parameters" and config.parallel.zero == 0:
+        words = "needs parallel.zero of 1 or more, whose shards it keeps in host memory"
+        yield Broken("parallel.offload", words, ("optimizer", "none"))
+
+
+@reads("parallel.fused_accumulation", "parallel.zero", "precision.name")
+def fused_sums_exist(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """`parallel.fused_accumulation` needs `parallel.zero` of 0 or 1, and `precision` bf16 or fp16.
+
+    ZeRO 2 and 3 reduce the gradients of every microbatch and keep no sum of whole ones; in fp32 and fp64 a product has
+    the format of the sum already.
+    """
+    if not config.parallel.fused_accumulation:
+        return
+    if config.parallel.zero >= 2:
+        words = f"keeps no sum of whole gradients under parallel.zero={config.parallel.zero}"
+        yield Broken("parallel.fused_accumulation", words, (False,))
+    if config.precision.compute == config.precision.master:
+        words = f"has nothing to widen under precision={config.precision.name}"
+        yield Broken("parallel.fused_accumulation", words, (False,))
+
+
 @reads(*_DATA_KEYS, "parallel.replicate")
 def replicas_divide_data(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
     """`parallel.replicate` divides the data axis: `parallel.data`, or what the number of ranks makes of it."""
@@ -309,6 +337,8 @@ LAYOUT_RULES: tuple[Rule, ...] = (
     tensor_divides_experts,
     recompute_is_built,
     replicas_need_shards,
+    offloaded_parameters_are_sharded,
+    fused_sums_exist,
     replicas_divide_data,
     ranks_fit_layout,
 )

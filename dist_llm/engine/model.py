@@ -16,14 +16,15 @@ from dist_llm.parallel.materialise import allocate, fill_normal
 from dist_llm.parallel.shards import LocalShard
 
 
-def _units(module: nn.Module) -> list[nn.Module]:
+def _units(module: nn.Module, unit_blocks: int) -> list[list[nn.Module]]:
     """Return the ZeRO units of a stage in forward order; a tied embedding and head are left to the root together."""
     model = cast(Transformer, module)
     together = model.config.tie_embeddings and model.embed is not None and model.head is not None
-    ends = [] if together else [model.embed, model.head]
-    blocks = list(model.layers.values())
-    first, last = ends or [None, None]
-    return [unit for unit in (first, *blocks, last) if unit is not None]
+    blocks: list[nn.Module] = list(model.layers.values())
+    middle = [blocks[start : start + unit_blocks] for start in range(0, len(blocks), unit_blocks)]
+    first: list[list[nn.Module]] = [] if together or model.embed is None else [[model.embed]]
+    last: list[list[nn.Module]] = [] if together or model.head is None else [[model.head]]
+    return [*first, *middle, *last]
 
 
 def _layers(module: nn.Module) -> list[Block]:

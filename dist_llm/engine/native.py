@@ -26,13 +26,14 @@ from dist_llm.engine.routing import Routing
 from dist_llm.models.plan import plan_rate
 from dist_llm.ops.context_share import ContextShare
 from dist_llm.optim.adamw import AdamW
+from dist_llm.optim.host_adamw import HostAdamW
 from dist_llm.optim.schedule import learning_rate
 from dist_llm.parallel.apply import Formats, SplitStage, SplittableModel, apply_layout
 from dist_llm.parallel.cross_entropy import cross_entropy_sum
 from dist_llm.parallel.grad_norm import primary_square_sum
 from dist_llm.parallel.pipeline import Accumulation, Microbatching, Runner, Scheduled, StageTensors
 from dist_llm.parallel.shards import LocalShard
-from dist_llm.parallel.zero import needs_fsdp, reduce_in_buckets
+from dist_llm.parallel.zero import reduce_in_buckets, storage_device
 from dist_llm.runtime.mesh import Mesh
 from dist_llm.types import IGNORE_INDEX, Batch, DataSlice, LossSum, StepResult, TensorShard, TrainState
 
@@ -75,7 +76,8 @@ class NativeEngine:
         # Under muP every gradient shrinks as the width grows; so does what is added to its root.
         eps = config.optimizer.eps / config.model.width_ratio
         update = config.optimizer.model_copy(update={"eps": eps})
-        self.optimizer = AdamW([shard.tensor for shard in self.shards], decays, rates, update)
+        kind = HostAdamW if config.parallel.offload == "optimizer" else AdamW
+        self.optimizer = kind([shard.tensor for shard in self.shards], decays, rates, update)
         self._runner = self._build_runner(self.stages)
         self._routing = Routing([stage.part.model for stage in self.stages], config.model.moe, mesh)
         self._step = 0
@@ -96,13 +98,13 @@ class NativeEngine:
         local = data.global_batch // self._mesh.dp.size
         cut = Microbatching(data.microbatch, local // data.microbatch, lambda: self.observe("last_forward"))
         if self._mesh.pp.size == 1:
-            return Accumulation(stages[0].part.model, self.loss, cut, parallel.zero)
+            return Accumulation(stages[0].part, self.loss, cut, parallel.zero)
         share = data.seq_len // self._mesh.cp.size
         length = share // self._mesh.tp.size if parallel.sequence else share
         shape = (cut.size, length, self._config.model.hidden_size)
         tp = self._mesh.tp.size
         num_logits = padded_vocab(self._config.model.vocab_size, tp) // tp
-        crossing = StageTensors(shape, self._formats.compute, (cut.size, share), num_logits)
+        crossing = StageTensors(shape, self._formats.compute, (cut.size, share), num_logits, self._mesh.device)
         parts = [stage.part for stage in stages]
         return Scheduled(parts, crossing, self.loss, cut, parallel.zero, parallel.schedule, self._mesh.pp)
 
@@ -120,7 +122,8 @@ class NativeEngine:
         self.finish_gradients()
         self._routing.gather()
         self.observe("before_update")
-        norm_part = primary_square_sum(self.shards, self._mesh.device)
+        stored = storage_device(self._mesh, self._config.parallel.offload)
+        norm_part = primary_square_sum(self.shards, stored).to(self._mesh.device)
         totals = self._totals(loss, batch, norm_part, self._routing.sums(self._mesh.device))
         lr = learning_rate(self._step, self._config.optimizer.lr, self._config.schedule, self._config.run.steps)
         finite = math.isfinite(totals.grad_norm) and math.isfinite(totals.loss)
@@ -159,20 +162,21 @@ class NativeEngine:
             documents=None if batch.documents is None else batch.documents.to(device, non_blocking=True),
         )
 
+    @torch.no_grad()
     def finish_gradients(self) -> None:
-        """Complete what no backward did: replicas (zero), partial sums (tp), the two tied copies (ends).
+        """Complete what no backward did: what is left of replicas (zero), partial sums (tp), tied copies (ends).
 
-        Issues one all-reduce a bucket over zero (without FSDP), over tp (partial gradients), over ends, unless both
-        copies are here, under a schedule in a V.
+        Issues one all-reduce a bucket over tp (partial gradients), over ends, unless both copies are here, under a
+        schedule in a V; over zero what a last backward has not sent (without FSDP).
         """
         mesh, bucket = self._mesh, self._config.parallel.bucket_mib << 20
-        if not needs_fsdp(mesh, self._formats.compute, self._formats.master):
-            reduce_in_buckets(self._gradients(s for s in self.shards if not s.expert), mesh.zero, bucket)
-            reduce_in_buckets(self._gradients(s for s in self.shards if s.expert), mesh.expert.zero, bucket)
+        at = mesh.device
+        for stage in self.stages:
+            stage.part.replicas.finish()
         if mesh.tp.size > 1:
-            reduce_in_buckets(self._gradients(s for s in self.shards if s.partial), mesh.tp, bucket)
+            reduce_in_buckets(self._gradients(s for s in self.shards if s.partial), mesh.tp, bucket, at)
         if mesh.ends is not None:
-            reduce_in_buckets(self._gradients(self._tied), mesh.ends, bucket)
+            reduce_in_buckets(self._gradients(self._tied), mesh.ends, bucket, at)
         elif len(self._tied) == 2:
             first, last = self._gradients(self._tied)
             last.copy_(first.add_(last))
@@ -221,8 +225,10 @@ class NativeEngine:
         return TrainState(tuple(tensors), facts)
 
     def restore(self, facts: dict[str, object]) -> None:
-        """Take over step and update count of a checkpoint, and its loss scale where both sides use one."""
+        """Take over step and update count of a checkpoint whose tensors are in place, and its loss scale where both
+        sides use one."""
         self._step = int(facts["step"])  # type: ignore[call-overload]
+        self.optimizer.take_weights()
         self.optimizer.num_updates = int(facts["optimizer_updates"])  # type: ignore[call-overload]
         if self._config.precision.compute == "fp16" and facts["compute"] == "fp16":
             self._scale.value = float(facts["loss_scale"])  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ from torch.nn import functional
 from dist_llm.config.model import ModelConfig, MoEConfig
 from dist_llm.models.mlp import MLP
 from dist_llm.ops.grouped_linear import grouped_linear
+from dist_llm.ops.linear import WeightGradients
 from dist_llm.ops.row_counts import kept_rows
 
 
@@ -117,7 +118,9 @@ class Router(nn.Module):
 
 
 class GroupedLinear(nn.Module):
-    """One matrix for each expert."""
+    """One matrix for each expert; with a queue in `later` a backward leaves their gradient there."""
+
+    later: WeightGradients | None = None
 
     def __init__(self, experts: int, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -127,7 +130,7 @@ class GroupedLinear(nn.Module):
         self, x: Float[Tensor, "rows inputs"], counts: Int64[Tensor, " experts"]
     ) -> Float[Tensor, "rows outputs"]:
         """Map rows that are sorted by expert."""
-        return grouped_linear(x, self.weight, counts)
+        return grouped_linear(x, self.weight, counts, self.later)
 
 
 class Experts(nn.Module):

@@ -1,6 +1,7 @@
 """A linear map whose weight gradient can wait: y = x W^T + b; dx = dy W at once; dW = dy^T x and db when asked for.
 
 What waits keeps x and dy alive. Source: Qi et al. 2023 (zero bubble): the two halves of a backward at different times.
+Where a weight has a total of wider format, dW goes straight into that.
 """
 
 from __future__ import annotations
@@ -13,16 +14,25 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from dist_llm.ops.fused_accumulation import add_weight_gradient
+
+Totals = Callable[[Tensor], Tensor | None]
+"""From a weight to the fp32 total of its gradients, or None where they go to its `grad`."""
+
 
 class WeightGradients:
-    """The weight gradients of a stage that have not been computed yet."""
+    """Where the weight gradients of a stage are computed: later, in the order in which they came, or at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, totals: Totals | None = None, waits: bool = True) -> None:
         self._waiting: list[Callable[[], None]] = []
+        self._totals, self._waits = totals, waits
 
     def add(self, compute: Callable[[], None]) -> None:
-        """Let a gradient wait; `compute` adds it to its weight's `grad`."""
-        self._waiting.append(compute)
+        """Let a gradient wait, or not; `compute` adds it to its weight's `grad`."""
+        if self._waits:
+            self._waiting.append(compute)
+        else:
+            compute()
 
     def take(self) -> Callable[[], None]:
         """Return what computes all that waits, in the order in which it came, and let go of it."""
@@ -35,8 +45,17 @@ class WeightGradients:
 
         return compute_all
 
+    def add_product(self, weight: Tensor, grad: Tensor, x: Tensor) -> None:
+        """Add grad^T x to the total of a weight, or to its `grad`."""
+        total = None if self._totals is None else self._totals(weight)
+        if total is None:
+            accumulate(weight, grad.t() @ x)
+        else:
+            add_weight_gradient(total, grad, x)
 
-def _accumulate(parameter: Tensor, gradient: Tensor) -> None:
+
+def accumulate(parameter: Tensor, gradient: Tensor) -> None:
+    """Add a gradient to its parameter's `grad`, or let it be that."""
     parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
@@ -52,15 +71,15 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
         # Detached: what waits must keep no graph alive.
         x, grad = ctx.saved_tensors[0].detach(), grads[0]
-        weight, bias = ctx.weight, ctx.bias
+        weight, bias, later = ctx.weight, ctx.bias, ctx.later
 
         def compute() -> None:
             rows = grad.reshape(-1, grad.shape[-1])
-            _accumulate(weight, rows.t() @ x.reshape(-1, x.shape[-1]))
+            later.add_product(weight, rows, x.reshape(-1, x.shape[-1]))
             if bias is not None:
-                _accumulate(bias, rows.sum(dim=0))
+                accumulate(bias, rows.sum(dim=0))
 
-        ctx.later.add(compute)
+        later.add(compute)
         return grad @ weight if ctx.needs_input_grad[0] else None, None, None, None
 
 

@@ -42,6 +42,14 @@ class AdamW:
         ]
         self.num_updates = 0
 
+    @property
+    def host_tensors(self) -> list[Tensor]:
+        """What is kept in host memory for weights that are on a device: nothing."""
+        return []
+
+    def take_weights(self) -> None:
+        """Take notice that the weights were set from outside: the slots are the weights themselves."""
+
     def step(self, grads: Sequence[Tensor | None], lr: float, divisor: Tensor) -> None:
         """Update every slot that has a gradient; gradients are divided by `divisor` (0-d) on the way in."""
         groups: dict[tuple[bool, float], list[tuple[Slot, Tensor]]] = {}

@@ -1,6 +1,6 @@
 """The only place with the order in which a model is split.
 
-meta model of the stage -> tensor / sequence parallel -> context parallel -> split backward -> recompute
+meta model of the stage -> tensor / sequence parallel -> context parallel -> weight gradients -> recompute
                         -> ZeRO -> materialise -> tie -> initialise
 """
 
@@ -16,14 +16,17 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from dist_llm.accounting.schedules import stage_rank
 from dist_llm.accounting.stages import StagePlan
 from dist_llm.config.parallel import ParallelConfig
+from dist_llm.ops.linear import WeightGradients
 from dist_llm.parallel.context import apply_context
 from dist_llm.parallel.expert import apply_expert
+from dist_llm.parallel.fused_accumulation import GradientTotals
 from dist_llm.parallel.pipeline import StageModule
 from dist_llm.parallel.recompute import apply_recompute
+from dist_llm.parallel.replicas import ReplicaSum
 from dist_llm.parallel.shards import LocalShard, list_shards
-from dist_llm.parallel.split_backward import apply_split_backward
+from dist_llm.parallel.split_backward import apply_weight_gradients
 from dist_llm.parallel.tensor import apply_tensor
-from dist_llm.parallel.zero import apply_zero, needs_fsdp
+from dist_llm.parallel.zero import apply_zero, needs_fsdp, storage_device
 from dist_llm.runtime.mesh import Mesh
 from dist_llm.types import ShardPlan
 
@@ -32,20 +35,21 @@ from dist_llm.types import ShardPlan
 class SplittableModel:
     """What splitting needs to know of a model family; models and this layer are strangers.
 
-    build: the meta module of a stage. blocks: its repeated parts; units: the ZeRO units, in forward order; experts: the
-    units inside them whose replicas are those of the expert axes.
+    build: the meta module of a stage. blocks: its repeated parts; units: the ZeRO units, in forward order, of so many
+    blocks each; experts: the units inside them whose replicas are those of the expert axes.
     tie: shares a tied weight whose two ends are both in the module. tied: (logical name, name of the copy) or None.
-    allocate: gives a split meta module storage on a device. initialise: fills one shard with its starting values.
+    allocate: gives a split meta module storage, parameters on one device and buffers on another. initialise: fills one
+    shard with its starting values.
     """
 
     build: Callable[[StagePlan], nn.Module]
     experts: Callable[[nn.Module], list[nn.Module]]
     blocks: Callable[[nn.Module], list[nn.Module]]
-    units: Callable[[nn.Module], list[nn.Module]]
+    units: Callable[[nn.Module, int], list[list[nn.Module]]]
     tie: Callable[[nn.Module], None]
     plan: ShardPlan
     tied: tuple[str, str] | None
-    allocate: Callable[[nn.Module, torch.device], None]
+    allocate: Callable[[nn.Module, torch.device, torch.device], None]
     initialise: Callable[[LocalShard], None]
 
 
@@ -83,17 +87,30 @@ def _split_stage(
     table = apply_tensor(module, model.plan, mesh.tp, mesh.expert.ep.size, parallel.sequence)
     apply_expert(module, mesh.expert.ep)
     apply_context(module, mesh.context)
-    later = apply_split_backward(module) if parallel.splits_backward else None
+    later = _weight_gradients(module, parallel, formats)
     if parallel.recompute == "full":
         apply_recompute(model.blocks(module))
-    if needs_fsdp(mesh, formats.compute, formats.master):
+    sharded = needs_fsdp(mesh, formats.compute, formats.master, parallel.offload)
+    if sharded:
         policy = MixedPrecisionPolicy(
             param_dtype=formats.compute, reduce_dtype=formats.master, output_dtype=formats.compute
         )
-        apply_zero(module, model.units(module), model.experts(module), mesh, parallel.zero, policy)
-    model.allocate(module, mesh.device)
+        apply_zero(module, model.units(module, parallel.unit_blocks), model.experts(module), mesh, parallel, policy)
+    model.allocate(module, storage_device(mesh, parallel.offload), mesh.device)
     model.tie(module)
     shards = tuple(list_shards(module, table, mesh, model.tied))
     for shard in shards:
         model.initialise(shard)
-    return SplitStage(StageModule(module, stage.index, stage.count, later), shards)
+    replicas = ReplicaSum(() if sharded else shards, mesh, parallel.bucket_mib << 20)
+    waiting = later if parallel.splits_backward else None
+    return SplitStage(StageModule(module, stage.index, stage.count, replicas, waiting), shards)
+
+
+def _weight_gradients(module: nn.Module, parallel: ParallelConfig, formats: Formats) -> WeightGradients | None:
+    """Let linears' weight gradients wait, or go straight into sums, or both, where the layout says so."""
+    if not (parallel.splits_backward or parallel.fused_accumulation):
+        return None
+    totals = GradientTotals(module, formats.master) if parallel.fused_accumulation else None
+    later = WeightGradients(totals, waits=parallel.splits_backward)
+    apply_weight_gradients(module, later)
+    return later

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
 
 
@@ -34,6 +34,24 @@ def _fsdp_groups(model: nn.Module) -> list[Any]:
     return [group for group in groups if group is not None]
 
 
+def _offloaded(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the shards of parameters that FSDP2 keeps in host memory, and those of their gradients."""
+    records = [
+        record
+        for group in _fsdp_groups(model)
+        if isinstance(group.offload_policy, CPUOffloadPolicy)
+        for record in group.fsdp_params
+    ]
+    shards = [record.sharded_param for record in records]
+    return shards, [shard.grad for shard in shards if shard.grad is not None]
+
+
+def host_bytes(model: nn.Module) -> int:
+    """Return the bytes of parameters and gradients that are kept in host memory for a device."""
+    shards, gradients = _offloaded(model)
+    return storage_bytes(shards) + storage_bytes(gradients)
+
+
 def parameters(model: nn.Module) -> list[Tensor | None]:
     """Return the stored parameters and their gathered copies."""
     held: list[Tensor | None] = list(model.parameters())
@@ -45,8 +63,9 @@ def parameters(model: nn.Module) -> list[Tensor | None]:
 
 
 def parameter_bytes(model: nn.Module) -> int:
-    """Return the bytes of stored parameters and of their gathered copies."""
-    return storage_bytes(parameters(model))
+    """Return the bytes of parameters on the device: stored ones and their gathered copies."""
+    away = _offloaded(model)[0]
+    return storage_bytes([*parameters(model), *away]) - storage_bytes(away)
 
 
 def gradients(model: nn.Module) -> list[Tensor | None]:
@@ -63,5 +82,6 @@ def gradients(model: nn.Module) -> list[Tensor | None]:
 
 
 def gradient_bytes(model: nn.Module) -> int:
-    """Return the bytes of gradients, reduced or waiting to be."""
-    return storage_bytes(gradients(model))
+    """Return the bytes of gradients on the device, reduced or waiting to be."""
+    away = _offloaded(model)[1]
+    return storage_bytes([*gradients(model), *away]) - storage_bytes(away)

@@ -19,11 +19,12 @@ _CHUNK = 1 << 20
 """Elements drawn at a time: the counters are int64 and the draws float64, far larger than the weights."""
 
 
-def allocate(module: nn.Module, device: torch.device) -> None:
-    """Give a meta module storage on a device, in place: parameters without values yet, buffers of zeros."""
-    module.to_empty(device=device)
-    for buffer in module.buffers():
-        buffer.zero_()
+def allocate(module: nn.Module, stored: torch.device, device: torch.device) -> None:
+    """Give a meta module storage, in place: parameters without values yet where they are stored, buffers of zeros."""
+    module.to_empty(device=stored)
+    for owner in module.modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            setattr(owner, name, torch.zeros_like(buffer, device=device))
 
 
 def _strides(shape: tuple[int, ...]) -> list[int]:

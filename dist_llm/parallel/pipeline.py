@@ -27,6 +27,7 @@ from torch.distributed.pipelining import (
 )
 
 from dist_llm.ops.linear import WeightGradients
+from dist_llm.parallel.replicas import ReplicaSum
 from dist_llm.parallel.split_backward import finish_backward
 from dist_llm.parallel.zero import release, set_backward_traffic
 from dist_llm.runtime.mesh import Axis
@@ -79,16 +80,19 @@ def _microbatches(batch: Batch, size: int) -> Iterator[tuple[Tensor, Tensor, dic
 class Accumulation:
     """All layers on this rank: microbatches one after another."""
 
-    def __init__(self, model: nn.Module, loss: LossFunction, cut: Microbatching, zero: int) -> None:
-        self._model, self._loss, self._cut, self._zero = model, loss, cut, zero
+    def __init__(self, part: StageModule, loss: LossFunction, cut: Microbatching, zero: int) -> None:
+        self._model, self._replicas = part.model, part.replicas
+        self._loss, self._cut, self._zero = loss, cut, zero
 
     def forward_backward(self, batch: Batch) -> Float[Tensor, ""]:
         """Accumulate gradients over the microbatches; return the sum of their losses."""
         total = torch.zeros((), device=batch.tokens.device)
         for index, (tokens, targets, extras) in enumerate(_microbatches(batch, self._cut.size)):
-            set_backward_traffic(self._model, self._zero, last=index == self._cut.count - 1)
+            last = index == self._cut.count - 1
+            set_backward_traffic(self._model, self._zero, last)
+            self._replicas.expect(last)
             loss = self._loss(self._model(tokens, **extras), targets)
-            if index == self._cut.count - 1:
+            if last:
                 self._cut.after_last_forward()
             loss.backward()  # type: ignore[no-untyped-call]
             total = total + loss.detach()
@@ -120,6 +124,7 @@ class _Stage(PipelineStage):
     zero: int = 0
     num_microbatches: int = 1
     after_forward: Callable[[], None]
+    replicas: ReplicaSum
     _backwards: int = 0
 
     def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
@@ -146,7 +151,9 @@ class _Stage(PipelineStage):
             return
         model: nn.Module = self.submod.model  # type: ignore[assignment]
         if self.dw_builder is None:
-            set_backward_traffic(model, self.zero, self._is_last())
+            last = self._is_last()
+            set_backward_traffic(model, self.zero, last)
+            self.replicas.expect(last)
         else:
             set_backward_traffic(model, self.zero, last=False, complete=False)
         super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
@@ -163,8 +170,11 @@ class _Stage(PipelineStage):
     def _finish(self) -> None:
         """Do with the gradients of a split backward what ZeRO does after it."""
         model: nn.Module = self.submod.model  # type: ignore[assignment]
-        set_backward_traffic(model, self.zero, self._is_last())
+        last = self._is_last()
+        set_backward_traffic(model, self.zero, last)
         finish_backward(model)
+        if last:
+            self.replicas.send()
 
     def _is_last(self) -> bool:
         """Count a backward; return whether it is the last of the step."""
@@ -185,31 +195,37 @@ class _Stage(PipelineStage):
 
 @dataclass(frozen=True)
 class StageModule:
-    """A part of the model on this rank, its place among all stages, and where its weight gradients wait, if they do."""
+    """A part of the model on this rank, its place among all stages, what adds up its replicas' gradients, and where its
+    weight gradients wait, if they do.
+    """
 
     model: nn.Module
     index: int
     count: int
+    replicas: ReplicaSum
     later: WeightGradients | None = None
 
 
 @dataclass(frozen=True)
 class StageTensors:
-    """What enters and leaves a stage: tokens [microbatch, T], hidden states [microbatch, T (or T/tp), D] in the compute
-    format, and this rank's logits [microbatch, T, V/tp].
+    """What enters and leaves a stage, and on which device.
+
+    Tokens [microbatch, T], hidden states [microbatch, T (or T/tp), D] in the compute format, and this rank's logits
+    [microbatch, T, V/tp].
     """
 
     hidden_shape: tuple[int, ...]
     dtype: torch.dtype
     tokens_shape: tuple[int, ...]
     num_logits: int
+    device: torch.device
 
 
 _DECLARES_GRADIENTS = "input_grads" in signature(PipelineStage).parameters
 """Whether torch's stage wants to be told the gradients' shapes; before 2.12 it takes them from the values'."""
 
 
-def _build_stage(part: StageModule, crossing: StageTensors, axis: Axis, device: torch.device) -> _Stage:
+def _build_stage(part: StageModule, crossing: StageTensors, axis: Axis) -> _Stage:
     hidden = torch.empty(crossing.hidden_shape, dtype=crossing.dtype, device="meta", requires_grad=True)
     tokens = torch.empty(crossing.tokens_shape, dtype=torch.int64, device="meta")
     logits = torch.empty((*crossing.tokens_shape, crossing.num_logits), dtype=crossing.dtype, device="meta")
@@ -222,7 +238,7 @@ def _build_stage(part: StageModule, crossing: StageTensors, axis: Axis, device: 
         _Plain(part.model),
         part.index,
         part.count,
-        device,
+        crossing.device,
         input_args=tokens if first else hidden,
         output_args=logits if last else hidden,
         group=axis.group,
@@ -254,10 +270,10 @@ class Scheduled:
         axis: Axis,
     ) -> None:
         self._parts = parts
-        device = next(parts[0].model.parameters()).device
-        stages = [_build_stage(part, crossing, axis, device) for part in parts]
+        stages = [_build_stage(part, crossing, axis) for part in parts]
         self._cut, self._forwards = cut, 0
-        for stage in stages:
+        for stage, part in zip(stages, parts, strict=True):
+            stage.replicas = part.replicas
             stage.zero, stage.num_microbatches, stage.after_forward = zero, cut.count, self._count_forward
         options: dict[str, Any] = {"n_microbatches": cut.count, "loss_fn": loss, "scale_grads": False}
         self._schedule: Any
@@ -267,7 +283,7 @@ class Scheduled:
             self._schedule = _MULTIPLE[schedule](list(stages), **options)
         self._first = any(part.index == 0 for part in parts)
         self._last = any(part.index == part.count - 1 for part in parts)
-        self._device = device
+        self._device = crossing.device
 
     def _count_forward(self) -> None:
         if not torch.is_grad_enabled():

@@ -17,28 +17,28 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from dist_llm.ops.linear import WeightGradients, linear
-from dist_llm.parallel.tensor import RowParallelLinear
 
 
 class SplitLinear(nn.Linear):
-    """A linear that leaves its weight gradient in a queue."""
+    """A linear whose weight gradient is computed by `later`."""
 
-    later: WeightGradients
+    later: WeightGradients | None = None
 
     def forward(self, x: Float[Tensor, "*rows inputs"]) -> Float[Tensor, "*rows outputs"]:
         """Map x."""
         return linear(x, self.weight, self.bias, self.later)
 
 
-def apply_split_backward(model: nn.Module) -> WeightGradients:
-    """Make every linear of a stage leave its weight gradient in one queue, in place; return the queue."""
-    later = WeightGradients()
+def apply_weight_gradients(model: nn.Module, later: WeightGradients) -> None:
+    """Make every linear of a stage leave its weight gradient to `later`, in place.
+
+    Those are torch's, and every module that says so by its attribute `later`.
+    """
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = SplitLinear
-        if isinstance(module, SplitLinear | RowParallelLinear):
-            module.later = later
-    return later
+        if hasattr(module, "later"):
+            module.later = later  # type: ignore[assignment]
 
 
 def finish_backward(model: nn.Module) -> None:
@@ -50,7 +50,7 @@ def finish_backward(model: nn.Module) -> None:
         return
     root = model._get_fsdp_state()  # torch has no public name for this; its pipeline stage goes the same way
     for state in root._state_ctx.all_states:
-        for group in _param_groups(state):
+        for group in param_groups(state):
             if group.reduce_grads:
                 _complete(group)
             group.post_backward()
@@ -67,7 +67,7 @@ def _complete(group: Any) -> None:
         sharded.to_accumulated_grad_if_needed()
 
 
-def _param_groups(state: Any) -> list[Any]:
+def param_groups(state: Any) -> list[Any]:
     """Return the parameter groups of a unit; before torch 2.12 it has one at most."""
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is None:

@@ -89,7 +89,7 @@ class _Scores:
     def __init__(self, inner: Attend, take: Callable[[Tensor], None]) -> None:
         self._inner, self._take = inner, take
 
-    def mask(self, documents: Int64[Tensor, "batch seq"]) -> Bool[Tensor, "batch 1 seq seq"]:
+    def mask(self, documents: Int64[Tensor, "batch seq"]) -> Any:
         """Return what confines attention to documents."""
         return self._inner.mask(documents)
 

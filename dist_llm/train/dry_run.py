@@ -110,9 +110,9 @@ def _kind(config: RunConfig, stage: StagePlan) -> tuple[object, ...]:
 def _without_values(model: SplittableModel, mode: FakeTensorMode) -> SplittableModel:
     """Return the model with tensors that have shapes and no values."""
 
-    def allocate_shapes(module: nn.Module, device: torch.device) -> None:
+    def allocate_shapes(module: nn.Module, stored: torch.device, device: torch.device) -> None:
         with mode:
-            allocate(module, device)
+            allocate(module, stored, device)
 
     return replace(model, allocate=allocate_shapes, initialise=lambda shard: None)
 

@@ -75,6 +75,8 @@ CASES: tuple[Case, ...] = (
     _case("as-given", 2, 4, data=2, zero=2),
     _case("as-given", 2, 4, data=2, zero=3),
     _quick("as-given", 4, 1, data=4, replicate=2, zero=3),
+    _case("as-given", 2, 1, data=2, zero=1, offload="optimizer"),
+    _case("as-given", 4, 4, pipeline=2, data=2, zero=3, offload="parameters", unit_blocks=2, prefetch=2),
     _case("as-given", 2, 4, pipeline=2, zero=0),
     _case("as-given", 2, 4, pipeline=2, virtual_pipeline=2, schedule="interleaved", zero=0),
     _quick("as-given", 2, 4, pipeline=2, schedule="zero_bubble", zero=0),

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -17,10 +18,11 @@ from dist_llm.config.run import RunConfig
 from dist_llm.engine import native, routing
 from dist_llm.engine.routing import Routing
 from dist_llm.models.plan import plan_rate
-from dist_llm.ops import linear
+from dist_llm.ops import grouped_linear, linear
 from dist_llm.ops.context_share import ContextShare
-from dist_llm.parallel import collectives, context, ring, zero
+from dist_llm.parallel import collectives, context, replicas, ring, zero
 from dist_llm.parallel.expert import ExpertDispatch
+from dist_llm.parallel.replicas import ReplicaSum
 from dist_llm.parallel.ring import RingDocuments, Turn
 from dist_llm.runtime import mesh
 from dist_llm.runtime.mesh import ContextAxes
@@ -45,10 +47,13 @@ FAULTS = (
     Fault("gradient all-reduce dropped", 2, {"tensor": 2, "sequence": True}),
     Fault("gradient all-reduce dropped", 2, {"pipeline": 2}),
     Fault("gradient scaled by ranks", 2, {"zero": 0}),
+    Fault("bucket sent before the last backward", 2, {"zero": 0}),
+    Fault("bucket sent before the last backward", 4, {"pipeline": 2, "zero": 0}),
     Fault("ZeRO averages gradients", 2, {"zero": 1}),
     Fault("norm counts replicas", 2, {"tensor": 2}),
     Fault("tied copies drift apart", 2, {"pipeline": 2, "schedule": "zbv"}),
     Fault("second half of a backward run twice", 2, {"pipeline": 2, "schedule": "zero_bubble"}),
+    Fault("second half of experts run twice", 2, {"pipeline": 2, "schedule": "zero_bubble"}, MOE),
     Fault("ring merges without weights", 2, {"context": 2}),
     Fault("chunks of the sequence swapped", 2, {"context": 2}),
     Fault("ulysses mixes up positions", 2, {"context": 2, "context_method": "ulysses"}),
@@ -65,7 +70,7 @@ FAULTS = (
 )
 
 
-def _dropped(grads: Any, axis: Any, size: int) -> None:
+def _dropped(grads: Any, axis: Any, size: int, device: torch.device) -> None:
     list(grads)
 
 
@@ -106,16 +111,33 @@ def _of_another(mask: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
-def _averaged(grads: Any, axis: Any, size: int) -> None:
-    kept = list(grads)
-    zero.reduce_in_buckets(kept, axis, size)
-    for grad in kept:
-        grad.div_(axis.size)
+class _Home:
+    """A journey that was never made."""
+
+    def wait(self) -> None:
+        """There is nothing to wait for."""
 
 
-def _but_experts(grads: Any, axis: Any, size: int) -> None:
-    if axis.name != "expert_zero":
-        zero.reduce_in_buckets(grads, axis, size)
+def _averaged(begin_sum: Callable[..., Any], flat: Tensor, axis: Any) -> Any:
+    return begin_sum(flat.div_(axis.size), axis)
+
+
+def _but_experts(begin_sum: Callable[..., Any], flat: Tensor, axis: Any) -> Any:
+    return _Home() if axis.name == "expert_zero" else begin_sum(flat, axis)
+
+
+def _but_counts(all_reduce: Callable[..., Any]) -> Callable[..., Any]:
+    def call(x: Tensor, group: Any, async_op: bool = False) -> Any:
+        return None if x.dtype == torch.int64 else all_reduce(x, group=group, async_op=async_op)
+
+    return call
+
+
+def _too_early(expect: Callable[..., None]) -> Callable[..., None]:
+    def call(self: ReplicaSum, last: bool) -> None:
+        expect(self, True)
+
+    return call
 
 
 def _every_square(shards: Any, device: torch.device) -> Tensor:
@@ -161,16 +183,19 @@ def _own_counts(routing: Routing) -> None:
 PATCHES: dict[str, Callable[[], list[Any]]] = {
     "tp all-reduce dropped": lambda: [patch.object(collectives, "all_reduce_sum", lambda x, axis: x.clone())],
     "gradient all-reduce dropped": lambda: [
-        patch.object(native, "reduce_in_buckets", lambda g, a, s: list(g) and None)
+        patch.object(native, "reduce_in_buckets", _dropped),
+        patch.object(replicas, "begin_sum", lambda flat, axis: _Home()),
     ],
-    "gradient scaled by ranks": lambda: [patch.object(native, "reduce_in_buckets", _averaged)],
+    "gradient scaled by ranks": lambda: [patch.object(replicas, "begin_sum", partial(_averaged, replicas.begin_sum))],
+    "bucket sent before the last backward": lambda: [patch.object(ReplicaSum, "expect", _too_early(ReplicaSum.expect))],
     "ZeRO averages gradients": lambda: [
         patch.object(zero.FSDPModule, "set_gradient_divide_factor", lambda module, factor: None),
         patch.object(zero.FSDPModule, "set_force_sum_reduction_for_comms", lambda module, enable: None),
     ],
     "norm counts replicas": lambda: [patch.object(native, "primary_square_sum", _every_square)],
     "tied copies drift apart": lambda: [patch.object(native.NativeEngine, "finish_gradients", lambda engine: None)],
-    "second half of a backward run twice": lambda: [patch.object(linear, "_accumulate", _twice)],
+    "second half of a backward run twice": lambda: [patch.object(linear, "accumulate", _twice)],
+    "second half of experts run twice": lambda: [patch.object(grouped_linear, "accumulate", _twice)],
     "ring merges without weights": lambda: [patch.object(ring, "merge", _unweighted)],
     "chunks of the sequence swapped": lambda: [patch.object(ContextShare, "positions", _in_order)],
     "ulysses mixes up positions": lambda: [
@@ -189,7 +214,9 @@ PATCHES: dict[str, Callable[[], list[Any]]] = {
     "rows come back to other tokens": lambda: [
         patch.object(ExpertDispatch, "__call__", _backwards(ExpertDispatch.__call__))
     ],
-    "expert gradients not summed": lambda: [patch.object(native, "reduce_in_buckets", _but_experts)],
+    "expert gradients not summed": lambda: [
+        patch.object(replicas, "begin_sum", partial(_but_experts, replicas.begin_sum))
+    ],
     "balance loss sees a part of the sequence": lambda: [patch.object(routing, "all_reduce_sum", lambda x, axis: x)],
     "router losses counted by every tp rank": lambda: [patch.object(Routing, "begin", _share_of_all(Routing.begin))],
     "learning rate by a shard's fan-in": lambda: [patch.object(native, "plan_rate", _rate_of_shard)],

@@ -9,7 +9,7 @@ import pytest
 from dist_llm.accounting.memory import StateBytes, StepBytes, place_of, step_bytes
 from dist_llm.accounting.traffic import Shapes, step_traffic
 from dist_llm.config.run import RunConfig
-from dist_llm.parallel.live import gradient_bytes, parameter_bytes, storage_bytes
+from dist_llm.parallel.live import gradient_bytes, host_bytes, parameter_bytes, storage_bytes
 from dist_llm.runtime.pool import WorkerPool
 from tests.parallel.ledger import Ledger
 from tests.parallel.tiny import GPT2, MOE, SIGMOID_MOE, build, random_batch, tiny_config
@@ -23,10 +23,14 @@ def measured_and_formula(config: RunConfig) -> dict[str, tuple[object, object]]:
 
     def observe(phase: str) -> None:
         models = [stage.part.model for stage in engine.stages]
+        optimizer = storage_bytes([t for slot in engine.optimizer.slots for t in (slot.exp_avg, slot.exp_avg_sq)])
+        kept = [sum(host_bytes(model) for model in models), storage_bytes(engine.optimizer.host_tensors)]
+        on_host = any(kept)
         seen[phase] = StateBytes(
             sum(parameter_bytes(model) for model in models),
             sum(gradient_bytes(model) for model in models),
-            storage_bytes([t for slot in engine.optimizer.slots for t in (slot.exp_avg, slot.exp_avg_sq)]),
+            0 if on_host else optimizer,
+            sum(kept) + (optimizer if kept[0] else 0),
         )
 
     engine.observe = observe
@@ -45,7 +49,7 @@ def measured_and_formula(config: RunConfig) -> dict[str, tuple[object, object]]:
     }
 
 
-def _assert_equal(reports: list[dict[str, Any]], dropless: bool = False) -> None:
+def assert_equal(reports: list[dict[str, Any]], dropless: bool = False) -> None:
     """dropless: what each rank sends to experts depends on the tokens; over all ranks it does not."""
     sent = [0, 0]
     for rank, report in enumerate(reports):
@@ -74,15 +78,15 @@ def test_live_bytes_and_collectives_equal_the_formulas(
     pool: WorkerPool, ranks: int, parallel: dict[str, object], model: dict[str, object]
 ) -> None:
     batch: dict[str, object] = {"global_batch": 12} if ranks == 3 else {}
-    _assert_equal(pool.run(measured_and_formula, tiny_config(parallel, model, batch), world=ranks))
+    assert_equal(pool.run(measured_and_formula, tiny_config(parallel, model, batch), world=ranks))
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_low_precision_keeps_fp32_masters(pool: WorkerPool, zero: int) -> None:
     config = tiny_config({"zero": zero}, precision={"name": "bf16"})
-    _assert_equal(pool.run(measured_and_formula, config, world=2))
+    assert_equal(pool.run(measured_and_formula, config, world=2))
     split: dict[str, object] = {"zero": zero, "pipeline": 2, "virtual_pipeline": 2, "schedule": "zero_bubble"}
-    _assert_equal(pool.run(measured_and_formula, tiny_config(split, precision={"name": "bf16"}), world=4))
+    assert_equal(pool.run(measured_and_formula, tiny_config(split, precision={"name": "bf16"}), world=4))
 
 
 MIXED: dict[str, object] = {"context_method": "mixed", "context_heads": 2}
@@ -116,7 +120,7 @@ MORE_TRAFFIC = [
 def test_more_layouts_equal_the_formulas(
     pool: WorkerPool, ranks: int, parallel: dict[str, object], model: dict[str, object]
 ) -> None:
-    _assert_equal(pool.run(measured_and_formula, tiny_config(parallel, model), world=ranks))
+    assert_equal(pool.run(measured_and_formula, tiny_config(parallel, model), world=ranks))
 
 
 EXPERT_TRAFFIC = [
@@ -132,6 +136,15 @@ EXPERT_TRAFFIC = [
     (8, {"expert": 2, "pipeline": 2, "tensor": 2, "zero": 3, "recompute": "full"}, MOE, "fp32"),
     (8, {"expert": 2, "pipeline": 2, "schedule": "zbv", "context": 2, "zero": 2}, MOE, "bf16"),
     (4, {"expert": 4, "context": 4, **MIXED}, MOE, "bf16"),
+    *(
+        (4, {"expert": 2, "pipeline": 2, "schedule": schedule, "zero": zero, **more}, MOE, "fp32")
+        for schedule, zero, more in (
+            ("zero_bubble", 0, {}),
+            ("zero_bubble", 1, {"recompute": "full"}),
+            ("zbv", 3, {}),
+            ("dualpipev", 2, {}),
+        )
+    ),
 ]
 
 
@@ -140,7 +153,7 @@ def test_experts_equal_the_formulas(
     pool: WorkerPool, ranks: int, parallel: dict[str, object], model: dict[str, object], precision: str
 ) -> None:
     config = tiny_config(parallel, model, precision={"name": precision})
-    _assert_equal(pool.run(measured_and_formula, config, world=ranks), dropless=True)
+    assert_equal(pool.run(measured_and_formula, config, world=ranks), dropless=True)
 
 
 def test_zero_stages_differ(pool: WorkerPool) -> None:

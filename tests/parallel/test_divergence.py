@@ -122,17 +122,17 @@ def late_case(config: RunConfig, prefix: Path, steps: int, look: int) -> Trace:
     """Train with a gradient all-reduce that is dropped from the third step on."""
     from dist_llm.engine.native import NativeEngine
 
-    kept = NativeEngine._finish_gradients
+    kept = NativeEngine.finish_gradients
 
     def finish(engine: NativeEngine) -> None:
         if engine._step < 2:
             kept(engine)
 
-    NativeEngine._finish_gradients = finish  # type: ignore[method-assign]
+    NativeEngine.finish_gradients = finish  # type: ignore[method-assign]
     try:
         return train_case(config, prefix, EOS, steps, look)
     finally:
-        NativeEngine._finish_gradients = kept  # type: ignore[method-assign]
+        NativeEngine.finish_gradients = kept  # type: ignore[method-assign]
 
 
 def test_the_first_step_is_found(pool: WorkerPool, prefix: Path) -> None:

@@ -52,6 +52,7 @@ EXPERT_LAYOUTS: list[tuple[int, dict[str, object]]] = [
     (8, {"expert": 2, "tensor": 2, "sequence": True, "pipeline": 2, "zero": 3, "recompute": "full"}),
     (8, {"expert": 2, "context": 2, "pipeline": 2, "schedule": "zbv", "zero": 2}),
     (4, {"expert": 2, "pipeline": 2, "schedule": "dualpipev", "zero": 3}),
+    (4, {"expert": 2, "pipeline": 2, "virtual_pipeline": 2, "schedule": "zero_bubble", "zero": 1}),
 ]
 FP64: dict[str, object] = {"name": "fp64"}
 

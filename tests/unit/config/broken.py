@@ -205,6 +205,25 @@ BROKEN: list[tuple[str, dict[str, object], int | None, str]] = [
         "parallel.replicate=2 must be 1 with parallel.zero=0, which replicates everything; use 1",
     ),
     (
+        "offloaded_parameters_are_sharded",
+        {"parallel__offload": "parameters", "parallel__zero": 0},
+        None,
+        "parallel.offload=parameters needs parallel.zero of 1 or more, whose shards it keeps in host memory; "
+        "use optimizer or none",
+    ),
+    (
+        "fused_sums_exist",
+        {"parallel__fused_accumulation": True, "parallel__zero": 2, "precision__name": "bf16"},
+        None,
+        "parallel.fused_accumulation=true keeps no sum of whole gradients under parallel.zero=2; use false",
+    ),
+    (
+        "fused_sums_exist",
+        {"parallel__fused_accumulation": True},
+        None,
+        "parallel.fused_accumulation=true has nothing to widen under precision=fp32; use false",
+    ),
+    (
         "replicas_divide_data",
         {"parallel__replicate": 3},
         8,

@@ -35,6 +35,7 @@ def test_gradients_are_torchs_after_the_second_half(with_bias: bool, recomputed:
     for ours, theirs in zip((weight, bias), expected[1:], strict=True):
         if ours is not None and theirs is not None:
             torch.testing.assert_close(ours.grad, theirs.grad)
+            assert not ours.grad.requires_grad  # type: ignore[union-attr]
 
 
 def test_what_was_taken_does_not_come_again() -> None:

@@ -9,6 +9,7 @@ import torch
 
 from dist_llm.config.training import OptimizerConfig, ScheduleConfig
 from dist_llm.optim.adamw import AdamW
+from dist_llm.optim.host_adamw import HostAdamW
 from dist_llm.optim.schedule import learning_rate
 
 
@@ -55,6 +56,26 @@ def test_a_rate_scales_the_step_and_leaves_the_decay() -> None:
         ours.step(grads, 1e-2, torch.tensor(1.0))
     for weight, parameter in zip(weights, reference, strict=True):
         torch.testing.assert_close(weight, parameter.detach(), rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_update_on_the_host_is_the_same_to_the_bit(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weights = [torch.randn(7, 5, dtype=dtype), torch.randn(5, dtype=dtype), torch.empty(0, 3, dtype=dtype)]
+    copies = [weight.clone() for weight in weights]
+    here = AdamW(weights, [True, False, True], [1.0, 0.5, 1.0], OptimizerConfig(lr=1e-2))
+    there = HostAdamW(copies, [True, False, True], [1.0, 0.5, 1.0], OptimizerConfig(lr=1e-2))
+    for step in range(3):
+        grads: list[torch.Tensor | None] = [torch.randn_like(weight) for weight in weights]
+        grads[1] = None if step == 1 else grads[1]
+        kept = [None if grad is None else grad.clone() for grad in grads]
+        for optimizer in (here, there):
+            optimizer.step([None if grad is None else grad.clone() for grad in kept], 1e-2, torch.tensor(4.0).double())
+    for ours, theirs, slot in zip(copies, weights, there.slots, strict=True):
+        assert torch.equal(ours, theirs)
+        assert torch.equal(slot.weight, ours)
+        assert ours.numel() == 0 or slot.weight.data_ptr() != ours.data_ptr()
+    assert here.num_updates == there.num_updates == 3
 
 
 def test_a_slot_without_gradient_stays() -> None:

@@ -1,0 +1,45 @@
+"""Weight gradients of linears go straight into FSDP2's fp32 sums, for as long as a backward reduces nothing.
+
+    without   dW in the compute format, made anew each microbatch;  sum <- sum + fp32(dW)
+    with      sum <- sum + dy^T x, in one product                    (ops/fused_accumulation.py)
+
+FSDP2 keeps a sum for each parameter between microbatches under ZeRO 0 and 1 and reduces it in the last backward. Later
+stages reduce each microbatch and keep none. In the last backward of a step with one microbatch there is no sum either:
+its gradients go the usual way, as those of embeddings, norms, biases and experts always do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from dist_llm.parallel.split_backward import param_groups
+
+
+class GradientTotals:
+    """Finds the fp32 sum of a weight of a model that FSDP2 holds."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        self._model, self._dtype = model, dtype
+        self._records: dict[Tensor, tuple[Any, Any]] = {}
+
+    def __call__(self, weight: Tensor) -> Tensor | None:
+        """Return the sum of a gathered weight's gradients, begun with zeros; None where its backward begins none."""
+        if weight not in self._records:
+            self._find()
+        group, record = self._records[weight]
+        if record.unsharded_accumulated_grad is None and not group.reduce_grads:
+            record.unsharded_accumulated_grad = torch.zeros_like(weight, dtype=self._dtype)
+        total: Tensor | None = record.unsharded_accumulated_grad
+        return total
+
+    def _find(self) -> None:
+        """Note the gathered weights, which FSDP2 makes in its first forward and keeps."""
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                for group in param_groups(module._get_fsdp_state()):
+                    gathered = [record for record in group.fsdp_params if hasattr(record, "_unsharded_param")]
+                    self._records.update({record._unsharded_param: (group, record) for record in gathered})
