@@ -39,6 +39,30 @@ def _accumulate(parameter: Tensor, gradient: Tensor) -> None:
     parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
+def leave_or_give(
+    later: WeightGradients | None,
+    x: Float[Tensor, "*rows inputs"],
+    grad: Float[Tensor, "*rows outputs"],
+    weight: Float[Tensor, "outputs inputs"],
+    bias: Float[Tensor, " outputs"] | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of W and b from those of the output; with `later` leave them there and return none."""
+
+    def gradients() -> tuple[Tensor, Tensor | None]:
+        rows = grad.reshape(-1, grad.shape[-1])
+        return rows.t() @ x.reshape(-1, x.shape[-1]), None if bias is None else rows.sum(dim=0)
+
+    def compute() -> None:
+        for parameter, gradient in zip((weight, bias), gradients(), strict=True):
+            if parameter is not None and gradient is not None:
+                _accumulate(parameter, gradient)
+
+    if later is None:
+        return gradients()
+    later.add(compute)
+    return None, None
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, later: WeightGradients) -> Tensor:
@@ -50,16 +74,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
         (x,), grad = ctx.saved_tensors, grads[0]
-        weight, bias = ctx.weight, ctx.bias
-
-        def compute() -> None:
-            rows = grad.reshape(-1, grad.shape[-1])
-            _accumulate(weight, rows.t() @ x.reshape(-1, x.shape[-1]))
-            if bias is not None:
-                _accumulate(bias, rows.sum(dim=0))
-
-        ctx.later.add(compute)
-        return grad @ weight if ctx.needs_input_grad[0] else None, None, None, None
+        leave_or_give(ctx.later, x, grad, ctx.weight, ctx.bias)
+        return grad @ ctx.weight if ctx.needs_input_grad[0] else None, None, None, None
 
 
 def linear(
@@ -71,5 +87,10 @@ def linear(
     """Return x W^T + b. With `later` a backward leaves the gradients of W and b there."""
     if later is None:
         return functional.linear(x, weight, bias)
+    return _linear_with_queue(x, weight, bias, later)
+
+
+@torch.compiler.disable  # Its backward changes the queue, which a compiled one could not.
+def _linear_with_queue(x: Tensor, weight: Tensor, bias: Tensor | None, later: WeightGradients) -> Tensor:
     out: Tensor = _Linear.apply(x, weight, bias, later)  # type: ignore[no-untyped-call]
     return out

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from dist_llm.ops.linear import WeightGradients, linear
+from dist_llm.parallel.async_tensor import AsyncColumnLinear
 from dist_llm.parallel.tensor import RowParallelLinear
 
 
@@ -36,7 +37,7 @@ def apply_split_backward(model: nn.Module) -> WeightGradients:
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = SplitLinear
-        if isinstance(module, SplitLinear | RowParallelLinear):
+        if isinstance(module, SplitLinear | RowParallelLinear | AsyncColumnLinear):
             module.later = later
     return later
 

@@ -47,6 +47,8 @@ _DEFAULTS = ParallelConfig().model_dump()
 
 _ROUTING = {"balance_loss": 0.01, "z_loss": 0.001, "bias_rate": 0.001}
 
+_CHEAP = ("core_attn", "norm", "activation")
+
 CASES: tuple[Case, ...] = (
     _case("as-given", 2, 1, data=2, zero=0),
     _case("as-given", 2, 4, tensor=2, zero=0),
@@ -62,6 +64,11 @@ CASES: tuple[Case, ...] = (
     _case("as-given", 8, 4, pipeline=2, schedule="zbv", tensor=2, sequence=True, data=2, zero=3, recompute="full"),
     _case("as-given", 4, 4, pipeline=2, schedule="dualpipev", context=2, zero=1),
     _case("as-given", 2, 4, tensor=2, sequence=True, recompute="full"),
+    _case("as-given", 4, 4, tensor=2, pipeline=2, recompute="full", recompute_layers=1),
+    _case("as-given", 4, 4, tensor=2, sequence=True, data=2, zero=3, recompute="selective"),
+    _case(
+        "as-given", 4, 4, pipeline=2, schedule="zbv", data=2, zero=2, recompute="selective", recompute_operators=_CHEAP
+    ),
     _case("as-given", 8, 4, tensor=2, sequence=True, pipeline=2, data=2, zero=1),
     _case("as-given", 8, 4, tensor=2, sequence=True, pipeline=2, data=2, zero=3),
     _case("as-given", 2, 4, context=2, zero=0),
@@ -80,12 +87,14 @@ CASES: tuple[Case, ...] = (
     _case("gpt2", 4, 4, context=4),
     _case("gpt2", 4, 4, context=2, context_method="ulysses", pipeline=2, zero=1),
     _case("gpt2", 8, 4, context=2, context_method="ulysses", tensor=2, sequence=True, data=2, zero=2),
+    _case("gpt2", 4, 4, context=2, tensor=2, recompute="selective", recompute_operators=_CHEAP),
     _case("gpt2-untied", 4, 1, tensor=2, data=2, zero=3),
     _case("experts", 2, 4, tensor=2, sequence=True),
     _case("experts", 2, 4, data=2, expert=2, zero=0),
     _case("experts", 4, 1, data=4, expert=2, zero=2),
     _case("experts", 4, 4, context=2, data=2, expert=4, zero=1),
     _case("experts", 8, 4, expert=2, tensor=2, sequence=True, pipeline=2, data=2, zero=3, recompute="full"),
+    _case("experts", 4, 4, expert=2, data=4, zero=3, recompute="selective", recompute_operators=("core_attn", "mlp")),
     _case("experts", 8, 4, expert=4, context=2, pipeline=2, schedule="zbv", data=2, zero=2),
 )
 """At least one case for each axis, schedule, ZeRO stage, family, tying and accumulation, and mixes up to 8 ranks.
