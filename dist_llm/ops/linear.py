@@ -87,10 +87,13 @@ def linear(
     """Return x W^T + b. With `later` a backward leaves the gradients of W and b there."""
     if later is None:
         return functional.linear(x, weight, bias)
-    return _linear_with_queue(x, weight, bias, later)
+    return _untraced(x, weight, bias, later)
 
 
-@torch.compiler.disable  # Its backward changes the queue, which a compiled one could not.
 def _linear_with_queue(x: Tensor, weight: Tensor, bias: Tensor | None, later: WeightGradients) -> Tensor:
     out: Tensor = _Linear.apply(x, weight, bias, later)  # type: ignore[no-untyped-call]
     return out
+
+
+# Its backward fills the queue, which that of a compiled graph could not.
+_untraced: Callable[..., Tensor] = torch.compiler.disable(_linear_with_queue)  # type: ignore[no-untyped-call]

@@ -110,7 +110,8 @@ def _entrance(columns: list[AsyncColumnLinear], axis: Axis) -> Any:
         whole, *outs = _EnterColumns.apply(x, axis, columns[0].later, *pairs)  # type: ignore[no-untyped-call]
         for column, out in zip(columns, outs, strict=True):
             column.ready = out
-        return whole
+        entered: Tensor = whole
+        return entered
 
     return gather
 
@@ -137,4 +138,4 @@ def apply_async_tensor(model: nn.Module, plan: ShardPlan, axis: Axis, device: to
             if style is Style.ROW:
                 child.__class__ = AsyncRowLinear
         if columns:
-            module.gather = _entrance(columns, axis)  # type: ignore[assignment]
+            module.gather = _entrance(columns, axis)

@@ -66,11 +66,15 @@ class _Call:
         return self._again
 
 
+def _storage(tensor: Tensor) -> StorageWeakRef:
+    """Return what tells the tensor's storage from others; it keeps the address from being taken by another one."""
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+
 class _Kept:
     """What the operations of a block save, between its forward and its backward."""
 
     def __init__(self) -> None:
-        # A weak reference keeps the address of its storage from being taken by another one.
         self._calls: dict[StorageWeakRef, tuple[_Call, int]] = {}
 
     def block(self, forward: Function) -> Function:
@@ -79,7 +83,8 @@ class _Kept:
         def run(*args: Any, **kwargs: Any) -> Tensor:
             out: Tensor
             if torch.compiler.is_compiling():
-                return forward(*args, **kwargs)
+                out = forward(*args, **kwargs)
+                return out
             try:
                 with saved_tensors_hooks(self._pack, self._unpack):
                     out = forward(*args, **kwargs)
@@ -94,23 +99,23 @@ class _Kept:
         traced = _recomputed(function)
 
         def run(*args: Tensor | None) -> Tensor:
-            if torch.compiler.is_compiling():
-                return traced(*args)
-            if not torch.is_grad_enabled():
-                out: Tensor = function(*args)
+            out: Tensor
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+                out = traced(*args) if torch.is_grad_enabled() else function(*args)
                 return out
             call = _Call(function, args)
             out = call.run(args)
-            self._calls[StorageWeakRef(out.untyped_storage())] = call, out.storage_offset()
+            self._calls[_storage(out)] = call, int(out.storage_offset())
             return out
 
         return run
 
     def _pack(self, tensor: Tensor) -> Callable[[], Tensor]:
-        call, start = self._calls.get(StorageWeakRef(tensor.untyped_storage()), (None, 0))
-        if call is None:
+        found = self._calls.get(_storage(tensor))
+        if found is None:
             kept = tensor.detach()
             return lambda: kept
+        call, start = found
         size, stride, offset = tensor.size(), tensor.stride(), tensor.storage_offset() - start
         return lambda: call.result().as_strided(size, stride, offset)
 
