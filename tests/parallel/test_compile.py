@@ -12,7 +12,6 @@ from dist_llm.config.run import RunConfig
 from dist_llm.errors import EngineUnavailable
 from dist_llm.parallel.compile import require_compiler
 from dist_llm.runtime.pool import WorkerPool
-from tests.parallel.test_accounting import _assert_equal, measured_and_formula
 from tests.parallel.tiny import GPT2, MOE, Curve, build, curve, largest_gap, random_batch, tiny_config
 from tests.tolerances import FP64_FEW_STEPS
 
@@ -72,11 +71,10 @@ def test_a_block_is_compiled_once_and_whole(pool: WorkerPool, model: dict[str, o
     assert largest_gap(losses, one) <= 1e-5
 
 
-def test_sequence_parallel_blocks_are_whole_and_issue_the_same(pool: WorkerPool) -> None:
+def test_sequence_parallel_blocks_are_whole(pool: WorkerPool) -> None:
     config = tiny_config({"tensor": 2, "sequence": True, **TRACED})
     for first, last, _ in pool.run(fresh, work_of_compiler, config, world=2):
         assert first == last == {"graphs": 1, "breaks": 0}
-    _assert_equal(pool.run(fresh, measured_and_formula, config, world=2))
 
 
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
