@@ -92,7 +92,9 @@ def _add_tensor(ledger: _Ledger, shapes: Shapes, stage: StagePlan) -> None:
     recomputed = len(parallel.recomputed_layers(stage.layers)) if parallel.recompute == "full" else 0
     # Recompute stops at the last saved tensor: a block's final sum comes again only if something after it keeps one.
     model = shapes.model
-    sums_again = recomputed * (2 if model.dropout > 0 or model.norm_placement == "post" else 1)
+    # A compiled block saves all that it keeps at its end.
+    to_the_end = model.dropout > 0 or model.norm_placement == "post" or parallel.compile
+    sums_again = recomputed * (2 if to_the_end else 1)
     ends = int(stage.first) + int(stage.last)
     if parallel.sequence:
         ledger.add("tp", "all_gather", count * (4 * layers + 2 * recomputed + ends), hidden)

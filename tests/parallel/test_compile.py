@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from dist_llm.accounting.memory import place_of
+from dist_llm.accounting.traffic import Shapes, step_traffic
 from dist_llm.config.run import RunConfig
 from dist_llm.errors import EngineUnavailable
 from dist_llm.parallel.compile import require_compiler
@@ -75,6 +77,32 @@ def test_sequence_parallel_blocks_are_whole(pool: WorkerPool) -> None:
     config = tiny_config({"tensor": 2, "sequence": True, **TRACED})
     for first, last, _ in pool.run(fresh, work_of_compiler, config, world=2):
         assert first == last == {"graphs": 1, "breaks": 0}
+
+
+def issued_and_formula(config: RunConfig) -> dict[str, tuple[int, int]]:
+    """Run two steps; return how often the second gathered and scattered, by torch's profiler, and the formula.
+
+    Not the ledger: it is a dispatch mode, under which torch runs blocks as they are written.
+    """
+    engine = build(config)
+    engine.train_step(random_batch(config, engine.data_slice, 0))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        engine.train_step(random_batch(config, engine.data_slice, 1))
+    seen = {event.key: event.count for event in profile.key_averages()}
+    place = place_of(config.parallel, 1, 0, 0)
+    traffic = step_traffic(Shapes(config.model, config.parallel, config.precision, config.data, place, 1))
+    names = {
+        "all_gather": ("c10d::_allgather_base_", "_c10d_functional::all_gather_into_tensor"),
+        "reduce_scatter": ("c10d::_reduce_scatter_base_", "_c10d_functional::reduce_scatter_tensor"),
+    }
+    return {kind: (sum(seen.get(name, 0) for name in both), traffic.counts["tp", kind]) for kind, both in names.items()}
+
+
+def test_full_recompute_of_compiled_blocks_is_counted(pool: WorkerPool) -> None:
+    config = tiny_config({"tensor": 2, "sequence": True, "recompute": "full", **TRACED})
+    for counts in pool.run(fresh, issued_and_formula, config, world=2):
+        for kind, (measured, formula) in counts.items():
+            assert measured == formula, kind
 
 
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
