@@ -51,6 +51,22 @@ ShardPlan = Mapping[str, Style]
 
 
 @dataclass(frozen=True)
+class Recomputable:
+    """A function that a backward may run again: attribute `function` of the modules of a block that match `module`.
+
+    gives_up: its result is not kept either where another operation saves it, as a linear does its input.
+    """
+
+    module: str
+    function: str
+    gives_up: bool = False
+
+
+RecomputePlan = Mapping[str, Recomputable]
+"""Operator to what computes it."""
+
+
+@dataclass(frozen=True)
 class DataSlice:
     """Which share of every global batch a process reads: part `index` of `count` equal contiguous parts."""
 

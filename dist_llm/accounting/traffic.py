@@ -89,10 +89,13 @@ def _add_tensor(ledger: _Ledger, shapes: Shapes, stage: StagePlan) -> None:
     """Enter the tp collectives of a stage: Megatron's f and g around each region, and the vocabulary at both ends."""
     parallel, count, hidden = shapes.parallel, shapes.microbatches, shapes.hidden_bytes
     layers = len(stage.layers)
-    recomputed = layers if parallel.recompute == "full" else 0
+    # What selective recompute runs again lies between the two collectives of a region.
+    recomputed = len(parallel.recomputed_layers(stage.layers)) if parallel.recompute == "full" else 0
     # Recompute stops at the last saved tensor: a block's final sum comes again only if something after it keeps one.
     model = shapes.model
-    sums_again = recomputed * (2 if model.dropout > 0 or model.norm_placement == "post" else 1)
+    # A compiled block saves all that it keeps at its end.
+    to_the_end = model.dropout > 0 or model.norm_placement == "post" or parallel.compile
+    sums_again = recomputed * (2 if to_the_end else 1)
     ends = int(stage.first) + int(stage.last)
     if parallel.sequence:
         ledger.add("tp", "all_gather", count * (4 * layers + 2 * recomputed + ends), hidden)
@@ -106,11 +109,14 @@ def _add_tensor(ledger: _Ledger, shapes: Shapes, stage: StagePlan) -> None:
 
 
 def _add_context(ledger: _Ledger, shapes: Shapes, stage: StagePlan) -> None:
-    """Enter what attention exchanges over cp, see docs/context.md; full recompute exchanges anew going back."""
+    """Enter what attention exchanges over cp, see docs/context.md; recompute of attention exchanges anew."""
     parallel, model = shapes.parallel, shapes.model
     heads, ranks = parallel.head_ranks, parallel.ring_ranks
     calls = shapes.microbatches * len(stage.layers)
-    forwards = calls * (2 if parallel.recompute == "full" else 1)
+    again = shapes.microbatches * len(parallel.recomputed_layers(stage.layers))
+    forwards = calls + (again if parallel.computes_again("core_attn") else 0)
+    # The output's exchange, the last thing that attention does, comes again only if something after it keeps a tensor.
+    returns = calls + (again if parallel.recompute == "full" else 0)
     compute, wide = FORMAT_BYTES[shapes.precision.compute], 8 if shapes.precision.compute == "fp64" else 4
     head = shapes.tokens * model.head_width
     mine = model.kv_heads // parallel.tensor
@@ -118,7 +124,7 @@ def _add_context(ledger: _Ledger, shapes: Shapes, stage: StagePlan) -> None:
     if heads > 1:
         axis = "cp" if ranks == 1 else "cp_heads"
         ledger.add(axis, "all_to_all", forwards + calls, (query + pair) * compute)
-        ledger.add(axis, "all_to_all", forwards + calls, query * compute)
+        ledger.add(axis, "all_to_all", returns + calls, query * compute)
     if ranks > 1:
         axis = "cp" if heads == 1 else "cp_ring"
         ledger.add(axis, "send", (forwards + calls) * (ranks - 1), pair * compute)
@@ -129,7 +135,8 @@ def _add_expert(ledger: _Ledger, shapes: Shapes, stage: StagePlan) -> None:
     """Enter what layers of experts exchange over ep, see parallel/expert.py, and count over cp for the balance loss."""
     parallel, model = shapes.parallel, shapes.model
     calls = shapes.microbatches * sum(model.has_experts(layer) for layer in stage.layers)
-    forwards = calls * (2 if parallel.recompute == "full" else 1)
+    recomputed = parallel.recomputed_layers(stage.layers) if parallel.computes_again("mlp") else ()
+    forwards = calls + shapes.microbatches * sum(model.has_experts(layer) for layer in recomputed)
     rows = shapes.tokens * model.moe.top_k * model.hidden_size * FORMAT_BYTES[shapes.precision.compute]
     if parallel.expert > 1:
         ledger.add("ep", "all_to_all", forwards, model.moe.num_experts * 8)

@@ -8,6 +8,8 @@ from pydantic import Field
 
 from dist_llm.config.base import Choice, Count, CountOrZero, Section
 
+Operator = Literal["core_attn", "norm", "activation", "mlp"]
+
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev"]
 
 V_SCHEDULES = ("zbv", "dualpipev")
@@ -48,7 +50,19 @@ class ParallelConfig(Section):
     """What lives in host memory (Ren et al. 2021): nothing; optimizer state, with the update run there; or that and the
     shards of parameters and gradients."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations that a backward computes again: none, or all of a block (Chen et al. 2016); selective is refused."""
+    """Activations that a backward computes again: none, of some operators, or all of a block (Chen et al. 2016)."""
+    recompute_operators: Annotated[tuple[Operator, ...], Field(strict=False, min_length=1)] = ("core_attn",)
+    """What selective recompute computes again: core_attn is scores and softmax (Korthikanti et al. 2022), norm and
+    activation give up their results too, mlp is all of the feed-forward layer."""
+    recompute_layers: Count | None = None
+    """Blocks of each stage that are recomputed, its first ones (Megatron-LM's block method); null: all of them."""
+    async_tensor: bool = False
+    """Multiply while sequence parallelism's tensors travel (Wang et al. 2023), on CUDA devices that map each other's
+    memory; elsewhere, and at `tensor: 1`, no effect."""
+    compile: bool = False
+    """Compile the blocks with torch.compile, once for all of them."""
+    compile_backend: Literal["inductor", "aot_eager"] = "inductor"
+    """What compiles them: inductor (a C++ compiler on a CPU, Triton on a GPU), or aot_eager, which fuses nothing."""
     fused_accumulation: bool = False
     """Add each linear's weight gradient to its fp32 sum over microbatches in the product that computes it."""
     unit_blocks: Count = 1
@@ -79,6 +93,15 @@ class ParallelConfig(Section):
         """Stages of each pipeline rank: as set, or the two of a V-shaped schedule."""
         in_a_v = self.pipeline > 1 and self.schedule in V_SCHEDULES
         return max(2, self.virtual_pipeline) if in_a_v else self.virtual_pipeline
+
+    def recomputed_layers(self, layers: range) -> range:
+        """Return which of a stage's layers are recomputed."""
+        return layers[: 0 if self.recompute == "none" else self.recompute_layers]
+
+    def computes_again(self, operator: Operator) -> bool:
+        """Whether the layers that are recomputed run an operator again."""
+        listed = self.recompute == "selective" and operator in self.recompute_operators
+        return listed or self.recompute == "full"
 
     @property
     def splits_backward(self) -> bool:

@@ -153,6 +153,8 @@ def _taken(node: Mapping[str, Any]) -> str:
     if "enum" in node:
         *others, last = (_spelled(choice) for choice in node["enum"])
         return f"{', '.join(others)} or {last}"
+    if node["type"] == "array" and "items" in node:
+        return f"list of one or more, each {_taken(node['items'])}"
     if node["type"] == "array":
         each = dict.fromkeys(_taken(member) for member in node["prefixItems"])
         return f"list of {len(node['prefixItems'])}, each a {' or '.join(each)}"

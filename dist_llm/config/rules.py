@@ -234,11 +234,44 @@ def tensor_divides_experts(config: RunConfig, world_size: int | None) -> Iterato
         yield Broken("parallel.tensor", f"must divide model.moe.ffn_hidden_size={width}", divisors(width))
 
 
-@reads("parallel.recompute")
-def recompute_is_built(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
-    """`parallel.recompute` is `none` or `full`: selective recompute comes later."""
-    if config.parallel.recompute == "selective":
-        yield Broken("parallel.recompute", LATER, ("none", "full"))
+@reads("parallel.recompute", "parallel.recompute_operators")
+def operators_do_not_overlap(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """`parallel.recompute_operators` names `activation` or `mlp`, not both: one is inside the other."""
+    listed = config.parallel.recompute_operators
+    if config.parallel.recompute == "selective" and "mlp" in listed and "activation" in listed:
+        ways = tuple(tuple(name for name in listed if name != left_out) for left_out in ("activation", "mlp"))
+        yield Broken("parallel.recompute_operators", "must not name both mlp and the activation inside it", ways)
+
+
+@reads("parallel.recompute", "parallel.recompute_layers")
+def layers_need_recompute(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """`parallel.recompute_layers` is null under `recompute: none`, where it would silently do nothing."""
+    if config.parallel.recompute == "none" and config.parallel.recompute_layers is not None:
+        yield Broken("parallel.recompute_layers", "must be null under parallel.recompute=none", (None,))
+
+
+@reads("parallel.async_tensor", "parallel.sequence")
+def async_needs_sequence(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """`parallel.async_tensor` needs `parallel.sequence`, whose gathers and scatters can go in pieces."""
+    if config.parallel.async_tensor and not config.parallel.sequence:
+        yield Broken("parallel.async_tensor", "must be false without parallel.sequence=true", (False,))
+
+
+@reads("parallel.async_tensor", "parallel.compile", "parallel.recompute", "parallel.recompute_operators")
+def async_stays_whole(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """`parallel.async_tensor` is without `parallel.compile` and without selective recompute of `mlp`.
+
+    It makes the outputs of a region's first linears as the region is entered, outside of what `mlp` runs again, and
+    hands them over in a way that a graph does not hold.
+    """
+    parallel = config.parallel
+    if not parallel.async_tensor:
+        return
+    if parallel.compile:
+        yield Broken("parallel.async_tensor", "must be false with parallel.compile=true", (False,))
+    if parallel.recompute == "selective" and "mlp" in parallel.recompute_operators:
+        words = "must be false with mlp in parallel.recompute_operators"
+        yield Broken("parallel.async_tensor", words, (False,))
 
 
 @reads("parallel.replicate", "parallel.zero")
@@ -335,7 +368,10 @@ LAYOUT_RULES: tuple[Rule, ...] = (
     expert_divides_experts,
     expert_divides_shards,
     tensor_divides_experts,
-    recompute_is_built,
+    operators_do_not_overlap,
+    layers_need_recompute,
+    async_needs_sequence,
+    async_stays_whole,
     replicas_need_shards,
     offloaded_parameters_are_sharded,
     fused_sums_exist,

@@ -43,7 +43,8 @@ def shown(value: object, limit: int = 80) -> object:
         return value
     if isinstance(value, int):
         return value if abs(value) < 10**limit else "a number of many digits"
-    text = value if isinstance(value, str) else repr(value)
+    listed = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+    text = "[" + ",".join(value) + "]" if listed else value if isinstance(value, str) else repr(value)  # type: ignore[arg-type]
     if len(text) > limit:
         text = text[: limit - 3] + "..."
     if text.isprintable():

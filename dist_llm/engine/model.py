@@ -9,7 +9,7 @@ from torch import nn
 from dist_llm.accounting.stages import StagePlan
 from dist_llm.config.model import ModelConfig
 from dist_llm.models.moe import MoE
-from dist_llm.models.plan import SHARD_PLAN, TIED_PAIR, plan_init
+from dist_llm.models.plan import RECOMPUTE_PLAN, SHARD_PLAN, TIED_PAIR, plan_init
 from dist_llm.models.transformer import Block, Transformer, build_model
 from dist_llm.parallel.apply import SplittableModel
 from dist_llm.parallel.materialise import allocate, fill_normal
@@ -53,6 +53,7 @@ def splittable(config: ModelConfig, seed: int) -> SplittableModel:
         units=_units,
         tie=lambda module: cast(Transformer, module).tie_weights(),
         plan=SHARD_PLAN,
+        operators=RECOMPUTE_PLAN,
         tied=TIED_PAIR if config.tie_embeddings else None,
         allocate=allocate,
         initialise=initialise,

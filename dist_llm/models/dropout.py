@@ -20,7 +20,7 @@ class Dropout(nn.Module):
     def __init__(self, drop: float, seed: int, site: str) -> None:
         super().__init__()
         self.drop = drop
-        self.key = key_of("dropout", seed, site)
+        self.key: int | Tensor = key_of("dropout", seed, site)
         self.context = ContextShare()
         self.sequence_part, self.sequence_parts = 0, 1
 

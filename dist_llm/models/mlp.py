@@ -9,6 +9,13 @@ from torch.nn import functional
 from dist_llm.config.model import ModelConfig
 
 
+def activate(
+    up: Float[Tensor, "*rows inner"], gate: Float[Tensor, "*rows inner"] | None, approximate: str
+) -> Float[Tensor, "*rows inner"]:
+    """Return silu(gate) * up, or gelu(up) where there is no gate."""
+    return functional.gelu(up, approximate=approximate) if gate is None else functional.silu(gate) * up
+
+
 class MLP(nn.Module):
     """down(gelu(up(x))), or down(silu(gate(x)) * up(x)) for SwiGLU."""
 
@@ -22,9 +29,12 @@ class MLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch seq width"]) -> Float[Tensor, "batch _ width"]:
         """Map every token alone. Under sequence parallelism this rank's part comes back."""
-        if self.gate is not None:
-            inner = functional.silu(self.gate(x)) * self.up(x)
-        else:
-            inner = functional.gelu(self.up(x), approximate=self.approximate)
-        out: Tensor = self.down(inner)
+        gate = None if self.gate is None else self.gate(x)
+        out: Tensor = self.down(self.activation(self.up(x), gate))
         return out
+
+    def activation(
+        self, up: Float[Tensor, "batch seq inner"], gate: Float[Tensor, "batch seq inner"] | None
+    ) -> Float[Tensor, "batch seq inner"]:
+        """Return what the last linear takes."""
+        return activate(up, gate, self.approximate)

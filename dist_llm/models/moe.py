@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dist_llm.config.model import ModelConfig, MoEConfig
-from dist_llm.models.mlp import MLP
+from dist_llm.models.mlp import MLP, activate
 from dist_llm.ops.grouped_linear import grouped_linear
 from dist_llm.ops.linear import WeightGradients
 from dist_llm.ops.row_counts import kept_rows
@@ -146,12 +146,15 @@ class Experts(nn.Module):
 
     def forward(self, x: Float[Tensor, "rows width"], counts: Int64[Tensor, " experts"]) -> Float[Tensor, "rows width"]:
         """Map rows that are sorted by expert."""
-        if self.gate is not None:
-            inner = functional.silu(self.gate(x, counts)) * self.up(x, counts)
-        else:
-            inner = functional.gelu(self.up(x, counts), approximate=self.approximate)
-        out: Tensor = self.down(inner, counts)
+        gate = None if self.gate is None else self.gate(x, counts)
+        out: Tensor = self.down(self.activation(self.up(x, counts), gate), counts)
         return out
+
+    def activation(
+        self, up: Float[Tensor, "rows inner"], gate: Float[Tensor, "rows inner"] | None
+    ) -> Float[Tensor, "rows inner"]:
+        """Return what the last linears take."""
+        return activate(up, gate, self.approximate)
 
 
 class Dispatch(Protocol):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dist_llm.config.model import ModelConfig
-from dist_llm.types import ShardPlan, Style
+from dist_llm.types import Recomputable, RecomputePlan, ShardPlan, Style
 
 SHARD_PLAN: ShardPlan = {
     "embed.tokens": Style.VOCAB,
@@ -34,6 +34,14 @@ SHARD_PLAN: ShardPlan = {
     "head.projection": Style.HEAD,
 }
 """The Megatron split of the model: two REGIONs a layer, the vocabulary split at both ends."""
+
+RECOMPUTE_PLAN: RecomputePlan = {
+    "core_attn": Recomputable("attention", "attend"),
+    "norm": Recomputable("*norm", "forward", gives_up=True),
+    "activation": Recomputable("mlp*", "activation", gives_up=True),
+    "mlp": Recomputable("mlp", "forward"),
+}
+"""The operators of a block by the names of Megatron-LM's recompute modules."""
 
 TIED_PAIR = ("embed.tokens.weight", "head.projection.weight")
 """The logical name of a tied weight, and where the last stage keeps its copy."""

@@ -34,6 +34,16 @@ class RopeTable:
         self._config = config
         self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
+    def prepare(self, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the tables of at least `length` positions for inputs of a format, built when they are not there."""
+        key = (device, torch.float64 if dtype == torch.float64 else torch.float32)
+        if key not in self._tables or len(self._tables[key][0]) < length:
+            freqs, magnitude = scaled_frequencies(self._config.rope, self._config.head_width)
+            # Generation asks for one more token each time: the next power of two.
+            cos, sin = ops.rotation_table(freqs, 1 << (length - 1).bit_length(), magnitude)
+            self._tables[key] = (cos.to(*key), sin.to(*key))
+        return self._tables[key]
+
     def __call__(
         self, like: Float[Tensor, "batch seq heads head_dim"], context: ContextShare
     ) -> tuple[Float[Tensor, "seq half"], Float[Tensor, "seq half"]]:
@@ -41,14 +51,8 @@ class RopeTable:
 
         half: head_dim / 2.
         """
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        key, length = (like.device, dtype), like.shape[1] * context.ranks
-        if key not in self._tables or len(self._tables[key][0]) < length:
-            freqs, magnitude = scaled_frequencies(self._config.rope, self._config.head_width)
-            # Generation asks for one more token each time: the next power of two.
-            cos, sin = ops.rotation_table(freqs, 1 << (length - 1).bit_length(), magnitude)
-            self._tables[key] = (cos.to(like.device, dtype), sin.to(like.device, dtype))
-        cos, sin = self._tables[key]
+        length = like.shape[1] * context.ranks
+        cos, sin = self.prepare(length, like.device, like.dtype)
         if context.ranks == 1:
             return cos[:length], sin[:length]
         positions = context.positions(like.shape[1], like.device)

@@ -116,7 +116,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
-        rope = RopeTable(config) if config.position == "rope" else None
+        self.rope = rope = RopeTable(config) if config.position == "rope" else None
         self.tally = Tally()
         self.embed: Embedding | None = Embedding(config, seed)
         self.layers = nn.ModuleDict(
@@ -124,6 +124,8 @@ class Transformer(nn.Module):
         )
         self.head: Head | None = Head(config)
         self.attend: Attend = CausalAttention()
+        self.context = ContextShare()
+        self.sequence_part, self.sequence_parts = 0, 1
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -155,6 +157,10 @@ class Transformer(nn.Module):
         """
         mask = None if documents is None else self.attend.mask(documents)
         hidden = inputs if self.embed is None else self.embed(inputs, samples)
+        if self.rope is not None:
+            # A compiled block must find the table that it would otherwise build, and be compiled for both.
+            length = hidden.shape[1] * self.sequence_parts * self.context.ranks
+            self.rope.prepare(length, hidden.device, hidden.dtype)
         for layer in self.layers.values():
             hidden = layer(hidden, samples, mask)
         return hidden if self.head is None else self.head(hidden)

@@ -12,7 +12,7 @@ from dist_llm.ops.counter_rng import hash_counter, keep_mask
 def dropout(
     x: Float[Tensor, "batch seq width"],
     drop: float,
-    key: int,
+    key: int | Int64[Tensor, ""],
     samples: Int64[Tensor, " batch"],
     tokens: Int64[Tensor, " seq"],
 ) -> Float[Tensor, "batch seq width"]:

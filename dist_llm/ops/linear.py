@@ -59,6 +59,33 @@ def accumulate(parameter: Tensor, gradient: Tensor) -> None:
     parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
+def leave_or_give(
+    later: WeightGradients | None,
+    x: Float[Tensor, "*rows inputs"],
+    grad: Float[Tensor, "*rows outputs"],
+    weight: Float[Tensor, "outputs inputs"],
+    bias: Float[Tensor, " outputs"] | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of W and b from those of the output; with `later` leave them there and return none."""
+
+    # Detached: what waits must keep no graph alive.
+    inputs = x.detach()
+
+    def rows(tensor: Tensor) -> Tensor:
+        return tensor.reshape(-1, tensor.shape[-1])
+
+    def compute() -> None:
+        if later is not None:
+            later.add_product(weight, rows(grad), rows(inputs))
+        if bias is not None:
+            accumulate(bias, rows(grad).sum(dim=0))
+
+    if later is None:
+        return rows(grad).t() @ rows(inputs), None if bias is None else rows(grad).sum(dim=0)
+    later.add(compute)
+    return None, None
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, later: WeightGradients) -> Tensor:
@@ -69,18 +96,8 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
-        # Detached: what waits must keep no graph alive.
-        x, grad = ctx.saved_tensors[0].detach(), grads[0]
-        weight, bias, later = ctx.weight, ctx.bias, ctx.later
-
-        def compute() -> None:
-            rows = grad.reshape(-1, grad.shape[-1])
-            later.add_product(weight, rows, x.reshape(-1, x.shape[-1]))
-            if bias is not None:
-                accumulate(bias, rows.sum(dim=0))
-
-        later.add(compute)
-        return grad @ weight if ctx.needs_input_grad[0] else None, None, None, None
+        leave_or_give(ctx.later, ctx.saved_tensors[0], grads[0], ctx.weight, ctx.bias)
+        return grads[0] @ ctx.weight if ctx.needs_input_grad[0] else None, None, None, None
 
 
 def linear(
@@ -92,5 +109,13 @@ def linear(
     """Return x W^T + b. With `later` a backward leaves the gradients of W and b there."""
     if later is None:
         return functional.linear(x, weight, bias)
+    return _untraced(x, weight, bias, later)
+
+
+def _linear_with_queue(x: Tensor, weight: Tensor, bias: Tensor | None, later: WeightGradients) -> Tensor:
     out: Tensor = _Linear.apply(x, weight, bias, later)  # type: ignore[no-untyped-call]
     return out
+
+
+# Its backward fills the queue, which that of a compiled graph could not.
+_untraced: Callable[..., Tensor] = torch.compiler.disable(_linear_with_queue)  # type: ignore[no-untyped-call]

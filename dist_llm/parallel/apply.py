@@ -1,7 +1,9 @@
 """The only place with the order in which a model is split.
 
-meta model of the stage -> tensor / sequence parallel -> context parallel -> weight gradients -> recompute
-                        -> ZeRO -> materialise -> tie -> initialise
+meta model of the stage -> tensor / sequence parallel -> context parallel -> weight gradients -> selective recompute
+                        -> compile -> full recompute -> ZeRO -> materialise -> tie -> initialise
+
+Full recompute is around a compiled block, not inside: so the block's input is all that stays wherever graphs are cut.
 """
 
 from __future__ import annotations
@@ -17,18 +19,20 @@ from dist_llm.accounting.schedules import stage_rank
 from dist_llm.accounting.stages import StagePlan
 from dist_llm.config.parallel import ParallelConfig
 from dist_llm.ops.linear import WeightGradients
+from dist_llm.parallel.async_tensor import apply_async_tensor
+from dist_llm.parallel.compile import apply_compile, require_compiler
 from dist_llm.parallel.context import apply_context
 from dist_llm.parallel.expert import apply_expert
 from dist_llm.parallel.fused_accumulation import GradientTotals
 from dist_llm.parallel.pipeline import StageModule
-from dist_llm.parallel.recompute import apply_recompute
+from dist_llm.parallel.recompute import apply_full_recompute, apply_selective_recompute
 from dist_llm.parallel.replicas import ReplicaSum
 from dist_llm.parallel.shards import LocalShard, list_shards
 from dist_llm.parallel.split_backward import apply_weight_gradients
 from dist_llm.parallel.tensor import apply_tensor
 from dist_llm.parallel.zero import apply_zero, needs_fsdp, storage_device
 from dist_llm.runtime.mesh import Mesh
-from dist_llm.types import ShardPlan
+from dist_llm.types import RecomputePlan, ShardPlan
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,8 @@ class SplittableModel:
     """What splitting needs to know of a model family; models and this layer are strangers.
 
     build: the meta module of a stage. blocks: its repeated parts; units: the ZeRO units, in forward order, of so many
-    blocks each; experts: the units inside them whose replicas are those of the expert axes.
+    blocks each; experts: the units inside them whose replicas are those of the expert axes. operators: what in a block
+    may be recomputed.
     tie: shares a tied weight whose two ends are both in the module. tied: (logical name, name of the copy) or None.
     allocate: gives a split meta module storage, parameters on one device and buffers on another. initialise: fills one
     shard with its starting values.
@@ -48,6 +53,7 @@ class SplittableModel:
     units: Callable[[nn.Module, int], list[list[nn.Module]]]
     tie: Callable[[nn.Module], None]
     plan: ShardPlan
+    operators: RecomputePlan
     tied: tuple[str, str] | None
     allocate: Callable[[nn.Module, torch.device, torch.device], None]
     initialise: Callable[[LocalShard], None]
@@ -85,11 +91,12 @@ def _split_stage(
 ) -> SplitStage:
     module = model.build(stage).to(formats.master)
     table = apply_tensor(module, model.plan, mesh.tp, mesh.expert.ep.size, parallel.sequence)
+    if parallel.async_tensor:
+        apply_async_tensor(module, model.plan, mesh.tp, mesh.device)
     apply_expert(module, mesh.expert.ep)
     apply_context(module, mesh.context)
     later = _weight_gradients(module, parallel, formats)
-    if parallel.recompute == "full":
-        apply_recompute(model.blocks(module))
+    _apply_recompute_and_compile(model, module, parallel, mesh.device)
     sharded = needs_fsdp(mesh, formats.compute, formats.master, parallel.offload)
     if sharded:
         policy = MixedPrecisionPolicy(
@@ -104,6 +111,21 @@ def _split_stage(
     replicas = ReplicaSum(() if sharded else shards, mesh, parallel.bucket_mib << 20)
     waiting = later if parallel.splits_backward else None
     return SplitStage(StageModule(module, stage.index, stage.count, replicas, waiting), shards)
+
+
+def _apply_recompute_and_compile(
+    model: SplittableModel, module: nn.Module, parallel: ParallelConfig, device: torch.device
+) -> None:
+    """Recompute some operators inside of the blocks, compile these, and recompute whole ones around that, in place."""
+    blocks = model.blocks(module)
+    if parallel.recompute == "selective":
+        operators = [model.operators[name] for name in parallel.recompute_operators]
+        apply_selective_recompute(blocks[: parallel.recompute_layers], operators)
+    if parallel.compile:
+        require_compiler(parallel.compile_backend, device)
+        apply_compile(blocks, parallel.compile_backend)
+    if parallel.recompute == "full":
+        apply_full_recompute(blocks[: parallel.recompute_layers])
 
 
 def _weight_gradients(module: nn.Module, parallel: ParallelConfig, formats: Formats) -> WeightGradients | None:

@@ -109,7 +109,9 @@ def _become(module: nn.Module, kind: type[Any], axis: Axis, sequence: bool) -> N
 
 def _enter_hook(axis: Axis, sequence: bool) -> Any:
     def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (enter_region(args[0], axis, sequence), *args[1:])
+        # parallel/async_tensor.py puts a gather here that multiplies too.
+        gather = getattr(module, "gather", None)
+        return (enter_region(args[0], axis, sequence) if gather is None else gather(args[0]), *args[1:])
 
     return enter
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 
 from dist_llm.errors import ConfigError, Violation
 
@@ -30,6 +31,25 @@ def resolve_device(setting: Literal["auto", "cpu", "cuda"] | str, local_rank: in
         rule = f"must not exceed the CUDA devices of this node ({available}): one device a rank"
         raise ConfigError([Violation("launcher.nproc", f">{local_rank}", rule, (available,))])
     return torch.device("cuda", local_rank)
+
+
+def share_memory(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Return whether the ranks of a group can map each other's memory (torch's symmetric memory), and prepare it.
+
+    All ranks answer alike. Issues one all-reduce of a number on CUDA, nothing elsewhere.
+    """
+    if device.type != "cuda":
+        return False
+    import torch.distributed._symmetric_memory as symmetric
+
+    try:
+        symmetric.enable_symm_mem_for_group(group.group_name)
+        shared = symmetric.rendezvous(symmetric.empty(1, device=device), group.group_name) is not None
+    except RuntimeError:
+        shared = False
+    everywhere = torch.tensor(int(shared), device=device)
+    dist.all_reduce(everywhere, op=dist.ReduceOp.MIN, group=group)
+    return bool(everywhere.item())
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -67,6 +67,8 @@ _ROUTING: dict[str, dict[str, object]] = {
     "experts-sigmoid": {"score": "sigmoid", "scale": 2.0, "bias_rate": 0.01},
 }
 
+_CHEAP = ("core_attn", "norm", "activation")
+
 CASES: tuple[Case, ...] = (
     _quick("as-given", 2, 1, data=2, zero=0),
     _quick("as-given", 2, 4, tensor=2, zero=0),
@@ -84,6 +86,11 @@ CASES: tuple[Case, ...] = (
     _case("as-given", 8, 4, pipeline=2, schedule="zbv", tensor=2, sequence=True, data=2, zero=3, recompute="full"),
     _quick("as-given", 4, 4, pipeline=2, schedule="dualpipev", context=2, zero=1),
     _case("as-given", 2, 4, tensor=2, sequence=True, recompute="full"),
+    _case("as-given", 4, 4, tensor=2, pipeline=2, recompute="full", recompute_layers=1),
+    _case("as-given", 4, 4, tensor=2, sequence=True, data=2, zero=3, recompute="selective"),
+    _case(
+        "as-given", 4, 4, pipeline=2, schedule="zbv", data=2, zero=2, recompute="selective", recompute_operators=_CHEAP
+    ),
     _quick("as-given", 8, 4, tensor=2, sequence=True, pipeline=2, data=2, zero=1),
     _case("as-given", 8, 4, tensor=2, sequence=True, pipeline=2, data=2, zero=3),
     _case("as-given", 2, 4, context=2, zero=0),
@@ -102,6 +109,7 @@ CASES: tuple[Case, ...] = (
     _case("gpt2", 4, 4, context=4),
     _quick("gpt2", 4, 4, context=2, context_method="ulysses", pipeline=2, zero=1),
     _case("gpt2", 8, 4, context=2, context_method="ulysses", tensor=2, sequence=True, data=2, zero=2),
+    _case("gpt2", 4, 4, context=2, tensor=2, recompute="selective", recompute_operators=_CHEAP),
     _case("gpt2", 4, 4, context=4, context_method="mixed", context_heads=2, zero=2),
     _quick("gpt2-untied", 4, 1, tensor=2, data=2, zero=3, recompute="full"),
     _case("experts", 2, 4, tensor=2, sequence=True),
@@ -110,6 +118,7 @@ CASES: tuple[Case, ...] = (
     _quick("experts", 4, 4, context=2, data=2, expert=4, zero=1),
     _quick("experts", 8, 4, expert=2, tensor=2, sequence=True, pipeline=2, data=2, zero=3, recompute="full"),
     _case("experts", 8, 4, context=4, context_method="mixed", context_heads=2, expert=4, data=2, zero=3),
+    _case("experts", 4, 4, expert=2, data=4, zero=3, recompute="selective", recompute_operators=("core_attn", "mlp")),
     _case("experts", 8, 4, expert=4, context=2, pipeline=2, schedule="zbv", data=2, zero=2),
     # Longer axes.
     _case("gpt2", 4, 4, tensor=4, sequence=True),

@@ -121,13 +121,13 @@ def accumulations(config: RunConfig) -> tuple[set[int], Totals]:
     engine = build(config)
     engine.train_step(random_batch(config, engine.data_slice, 0))
     counts: dict[int, int] = {}
-    kept = linear._accumulate
+    kept = linear.accumulate
 
     def counted(parameter: Any, gradient: Any) -> None:
         counts[id(parameter)] = counts.get(id(parameter), 0) + 1
         kept(parameter, gradient)
 
-    with patch.object(linear, "_accumulate", counted), Ledger(engine._mesh) as ledger:
+    with patch.object(linear, "accumulate", counted), Ledger(engine._mesh) as ledger:
         engine.train_step(random_batch(config, engine.data_slice, 1))
     issued = {f"{axis} {kind}": [count, ledger.bytes[axis, kind]] for (axis, kind), count in ledger.counts.items()}
     return set(counts.values()), issued

@@ -50,6 +50,7 @@ class Ledger(TorchDispatchMode):
             self._record(name, args)
         return func(*args, **(kwargs or {}))
 
+    @torch.compiler.disable
     def _record(self, name: str, args: Any) -> None:
         group = next(dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
         tensors = [

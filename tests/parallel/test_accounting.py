@@ -90,10 +90,17 @@ def test_low_precision_keeps_fp32_masters(pool: WorkerPool, zero: int) -> None:
 
 
 MIXED: dict[str, object] = {"context_method": "mixed", "context_heads": 2}
+SELECTIVE = {"recompute": "selective", "recompute_operators": ["core_attn", "norm", "mlp"]}
+
 MORE_TRAFFIC = [
     (2, {"tensor": 2, "zero": 0}, {}),
     (2, {"tensor": 2, "sequence": True, "recompute": "full"}, {}),
     (2, {"tensor": 2, "recompute": "full"}, GPT2),
+    (2, {"tensor": 2, "sequence": True, "recompute": "full", "recompute_layers": 3}, GPT2),
+    (2, {"tensor": 2, "sequence": True, **SELECTIVE}, GPT2),
+    (4, {"tensor": 2, "pipeline": 2, "schedule": "zbv", **SELECTIVE}, {}),
+    (4, {"context": 2, "pipeline": 2, **SELECTIVE, "recompute_layers": 1}, {}),
+    (4, {"context": 2, "context_method": "ulysses", "zero": 3, **SELECTIVE}, {}),
     (4, {"zero": 2, "replicate": 2}, {}),
     (2, {"pipeline": 2, "schedule": "gpipe", "zero": 0}, {}),
     (8, {"tensor": 2, "sequence": True, "pipeline": 2, "zero": 1}, {}),
@@ -134,6 +141,7 @@ EXPERT_TRAFFIC = [
     (4, {"expert": 4, "context": 2}, MOE, "fp32"),
     (4, {"expert": 2, "pipeline": 2, "zero": 3}, MOE, "bf16"),
     (8, {"expert": 2, "pipeline": 2, "tensor": 2, "zero": 3, "recompute": "full"}, MOE, "fp32"),
+    (4, {"expert": 2, "context": 2, **SELECTIVE, "recompute_layers": 2}, MOE, "fp32"),
     (8, {"expert": 2, "pipeline": 2, "schedule": "zbv", "context": 2, "zero": 2}, MOE, "bf16"),
     (4, {"expert": 4, "context": 4, **MIXED}, MOE, "bf16"),
     *(

@@ -10,6 +10,7 @@ from tests.parallel.faults import FAULTS, Fault, broken_curve
 from tests.parallel.tiny import GPT2, MOE, SIGMOID_MOE, build, curve, largest_gap, random_batch, tiny_config
 from tests.tolerances import FP64_FEW_STEPS, LOW_PRECISION_LOSS, VISIBLE, VISIBLE_MASK
 
+CHEAP: dict[str, object] = {"recompute": "selective", "recompute_operators": ["core_attn", "norm", "activation"]}
 UNTIED: dict[str, object] = {"tie_embeddings": False, "qk_norm": True}
 MODELS: dict[str, dict[str, object]] = {"llama": {}, "gpt2": GPT2, "untied": UNTIED}
 MIXED: dict[str, object] = {"context": 4, "context_method": "mixed", "context_heads": 2}
@@ -26,6 +27,9 @@ LAYOUTS: list[tuple[int, dict[str, object]]] = [
     (4, {"pipeline": 2, "virtual_pipeline": 2, "schedule": "interleaved", "zero": 3}),
     (8, {"tensor": 2, "sequence": True, "pipeline": 2, "zero": 1}),
     (8, {"tensor": 2, "sequence": True, "pipeline": 2, "zero": 3, "recompute": "full"}),
+    (2, {"tensor": 2, **CHEAP}),
+    (4, {"pipeline": 2, "schedule": "zbv", "zero": 3, **CHEAP, "recompute_layers": 1}),
+    (2, {"context": 2, **CHEAP}),
     (2, {"pipeline": 2, "schedule": "zero_bubble", "zero": 0}),
     (4, {"pipeline": 2, "virtual_pipeline": 2, "schedule": "zero_bubble", "zero": 3}),
     (4, {"pipeline": 2, "schedule": "zbv", "zero": 3, "recompute": "full"}),
@@ -50,6 +54,7 @@ EXPERT_LAYOUTS: list[tuple[int, dict[str, object]]] = [
     (4, {"expert": 4, "context": 2}),
     (4, {"expert": 4, **MIXED}),
     (8, {"expert": 2, "tensor": 2, "sequence": True, "pipeline": 2, "zero": 3, "recompute": "full"}),
+    (4, {"expert": 2, "tensor": 2, "sequence": True, "recompute": "selective", "recompute_operators": ["norm", "mlp"]}),
     (8, {"expert": 2, "context": 2, "pipeline": 2, "schedule": "zbv", "zero": 2}),
     (4, {"expert": 2, "pipeline": 2, "schedule": "dualpipev", "zero": 3}),
     (4, {"expert": 2, "pipeline": 2, "virtual_pipeline": 2, "schedule": "zero_bubble", "zero": 1}),

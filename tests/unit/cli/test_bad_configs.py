@@ -41,7 +41,11 @@ BAD: list[tuple[str | list[str], list[str]]] = [
     ("experiment=quickstart", ["ranks=1 must be a multiple of 4", "dist-llm launch experiment=quickstart"]),
     ("parallel.context=2", ["ranks=1 must be a multiple of parallel.context=2; use 2, 4, 8 or 16"]),
     ("parallel.expert=2", ["parallel.expert=2 must be 1 without model.moe.num_experts; use 1"]),
-    ("parallel.recompute=selective", ["parallel.recompute=selective is not part of this version; use none or full"]),
+    (
+        "parallel.recompute=selective parallel.recompute_operators=[attention]",
+        ["parallel.recompute_operators[0]=attention is not one of its choices; use", "core_attn"],
+    ),
+    ("parallel.recompute_layers=2", ["parallel.recompute_layers=2 must be null under parallel.recompute=none"]),
     ("parallel.zero=4", ["parallel.zero=4 is not one of its choices; use 0, 1, 2 or 3"]),
     ("parallel.zero=3 parallel.replicate=2", ["parallel.replicate=2 must divide the data axis of 1 ranks; use 1"]),
     ("engine=deepspeed", ["engine.name=deepspeed is not part of this version; use native"]),

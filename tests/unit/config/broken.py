@@ -193,10 +193,29 @@ BROKEN: list[tuple[str, dict[str, object], int | None, str]] = [
         "model.moe.top_k=3 must not exceed model.moe.num_experts=2; use 1 or 2",
     ),
     (
-        "recompute_is_built",
-        {"parallel__recompute": "selective"},
+        "operators_do_not_overlap",
+        {"parallel__recompute": "selective", "parallel__recompute_operators": ["mlp", "norm", "activation"]},
         None,
-        "parallel.recompute=selective is not part of this version; use none or full",
+        "parallel.recompute_operators=[mlp,norm,activation] must not name both mlp and the activation inside it; "
+        "use [mlp,norm] or [norm,activation]",
+    ),
+    (
+        "async_needs_sequence",
+        {"parallel__tensor": 2, "parallel__async_tensor": True},
+        None,
+        "parallel.async_tensor=true must be false without parallel.sequence=true; use false",
+    ),
+    (
+        "async_stays_whole",
+        {"parallel__sequence": True, "parallel__async_tensor": True, "parallel__compile": True},
+        None,
+        "parallel.async_tensor=true must be false with parallel.compile=true; use false",
+    ),
+    (
+        "layers_need_recompute",
+        {"parallel__recompute_layers": 2},
+        None,
+        "parallel.recompute_layers=2 must be null under parallel.recompute=none; use null",
     ),
     (
         "replicas_need_shards",

@@ -173,10 +173,10 @@ def test_earlier_violations_come_first() -> None:
     earlier = [Violation("model", "lama", "is not one of the presets")]
     tree = small_tree()
     set_key(tree, "parallel.tensor", 3)
-    set_key(tree, "parallel.recompute", "selective")
+    set_key(tree, "parallel.recompute_layers", 1)
     with pytest.raises(ConfigError) as caught:
         decode_and_check(tree, None, earlier, frozenset({"model"}))
-    assert [violation.key for violation in caught.value.violations] == ["model", "parallel.recompute"]
+    assert [violation.key for violation in caught.value.violations] == ["model", "parallel.recompute_layers"]
 
 
 def test_wrong_number_of_ranks_is_a_layout_error() -> None:
