@@ -42,15 +42,17 @@ class Case:
         return mine == theirs
 
 
-def _case(variant: str, ranks: int, accumulation: int, **parallel: object) -> Case:
+def case(variant: str, ranks: int, accumulation: int, **parallel: object) -> Case:
+    """Return a case of the settings of `parallel`."""
     return Case(variant, parallel, ranks, accumulation)
 
 
-def _quick(variant: str, ranks: int, accumulation: int, **parallel: object) -> Case:
+def quick_case(variant: str, ranks: int, accumulation: int, **parallel: object) -> Case:
+    """Return a case that is one of those that tell most."""
     return Case(variant, parallel, ranks, accumulation, quick=True)
 
 
-def _staged(variant: str, ranks: int, schedule: str, chunks: int, **parallel: object) -> Case:
+def staged_case(variant: str, ranks: int, schedule: str, chunks: int, **parallel: object) -> Case:
     """Return a case of two pipeline ranks and four microbatches."""
     stages = {"pipeline": 2, "schedule": schedule, "virtual_pipeline": chunks}
     return Case(
@@ -66,148 +68,6 @@ _ROUTING: dict[str, dict[str, object]] = {
     "experts": {"balance_loss": 0.01, "z_loss": 0.001, "bias_rate": 0.001},
     "experts-sigmoid": {"score": "sigmoid", "scale": 2.0, "bias_rate": 0.01},
 }
-
-_CHEAP = ("core_attn", "norm", "activation")
-
-CASES: tuple[Case, ...] = (
-    _quick("as-given", 2, 1, data=2, zero=0),
-    _quick("as-given", 2, 4, tensor=2, zero=0),
-    _case("as-given", 2, 1, tensor=2, sequence=True, zero=0),
-    _case("as-given", 4, 1, data=4, zero=1),
-    _case("as-given", 2, 4, data=2, zero=2),
-    _case("as-given", 2, 4, data=2, zero=3),
-    _quick("as-given", 4, 1, data=4, replicate=2, zero=3),
-    _case("as-given", 2, 1, data=2, zero=1, offload="optimizer"),
-    _case("as-given", 4, 4, pipeline=2, data=2, zero=3, offload="parameters", unit_blocks=2, prefetch=2),
-    _case("as-given", 2, 4, pipeline=2, zero=0),
-    _case("as-given", 2, 4, pipeline=2, virtual_pipeline=2, schedule="interleaved", zero=0),
-    _quick("as-given", 2, 4, pipeline=2, schedule="zero_bubble", zero=0),
-    _case("as-given", 4, 4, pipeline=2, schedule="zbv", data=2, zero=2),
-    _case("as-given", 8, 4, pipeline=2, schedule="zbv", tensor=2, sequence=True, data=2, zero=3, recompute="full"),
-    _quick("as-given", 4, 4, pipeline=2, schedule="dualpipev", context=2, zero=1),
-    _case("as-given", 2, 4, tensor=2, sequence=True, recompute="full"),
-    _case("as-given", 4, 4, tensor=2, pipeline=2, recompute="full", recompute_layers=1),
-    _case("as-given", 4, 4, tensor=2, sequence=True, data=2, zero=3, recompute="selective"),
-    _case(
-        "as-given", 4, 4, pipeline=2, schedule="zbv", data=2, zero=2, recompute="selective", recompute_operators=_CHEAP
-    ),
-    _quick("as-given", 8, 4, tensor=2, sequence=True, pipeline=2, data=2, zero=1),
-    _case("as-given", 8, 4, tensor=2, sequence=True, pipeline=2, data=2, zero=3),
-    _case("as-given", 2, 4, context=2, zero=0),
-    _case("as-given", 4, 1, context=2, data=2, zero=2, recompute="full"),
-    _case("as-given", 4, 4, context=2, tensor=2, sequence=True),
-    _quick("as-given", 8, 4, context=2, tensor=2, sequence=True, pipeline=2, zero=3),
-    _case("untied", 2, 1, tensor=2, sequence=True),
-    _quick("untied", 4, 4, pipeline=2, schedule="gpipe", data=2, zero=2),
-    _case("odd-vocabulary", 2, 4, tensor=2),
-    _quick("odd-vocabulary", 4, 4, tensor=2, sequence=True, pipeline=2),
-    _case("gpt2", 2, 4, tensor=2, sequence=True),
-    _quick("gpt2", 4, 4, pipeline=2, virtual_pipeline=2, schedule="interleaved", data=2, zero=1),
-    _case("gpt2", 8, 4, tensor=2, sequence=True, pipeline=2, data=2, zero=2),
-    _quick("gpt2", 4, 4, pipeline=2, virtual_pipeline=2, schedule="zero_bubble", data=2, zero=3),
-    _case("gpt2", 2, 4, pipeline=2, schedule="dualpipev"),
-    _case("gpt2", 4, 4, context=4),
-    _quick("gpt2", 4, 4, context=2, context_method="ulysses", pipeline=2, zero=1),
-    _case("gpt2", 8, 4, context=2, context_method="ulysses", tensor=2, sequence=True, data=2, zero=2),
-    _case("gpt2", 4, 4, context=2, tensor=2, recompute="selective", recompute_operators=_CHEAP),
-    _case("gpt2", 4, 4, context=4, context_method="mixed", context_heads=2, zero=2),
-    _quick("gpt2-untied", 4, 1, tensor=2, data=2, zero=3, recompute="full"),
-    _case("experts", 2, 4, tensor=2, sequence=True),
-    _case("experts", 2, 4, data=2, expert=2, zero=0),
-    _case("experts", 4, 1, data=4, expert=2, zero=2),
-    _quick("experts", 4, 4, context=2, data=2, expert=4, zero=1),
-    _quick("experts", 8, 4, expert=2, tensor=2, sequence=True, pipeline=2, data=2, zero=3, recompute="full"),
-    _case("experts", 8, 4, context=4, context_method="mixed", context_heads=2, expert=4, data=2, zero=3),
-    _case("experts", 4, 4, expert=2, data=4, zero=3, recompute="selective", recompute_operators=("core_attn", "mlp")),
-    _case("experts", 8, 4, expert=4, context=2, pipeline=2, schedule="zbv", data=2, zero=2),
-    # Longer axes.
-    _case("gpt2", 4, 4, tensor=4, sequence=True),
-    _case("as-given", 4, 4, pipeline=4),
-    _case("as-given", 8, 2, data=4, pipeline=2, schedule="zero_bubble", replicate=2, zero=2),
-    # Mixes of four and five axes, ep being part of dp x cp.
-    _case("experts", 8, 4, tensor=2, pipeline=2, schedule="zero_bubble", data=2, expert=2, zero=2),
-    _case("experts", 8, 4, tensor=2, sequence=True, context=2, data=2, expert=4, zero=1),
-    _case("experts", 8, 4, pipeline=2, schedule="dualpipev", context=2, data=2, expert=2, zero=3),
-    _case("experts", 8, 4, tensor=2, pipeline=2, schedule="zbv", context=2, expert=2, zero=1),
-    _quick("experts-sigmoid", 8, 4, pipeline=2, schedule="zbv", context=2, data=2, expert=4, zero=2),
-    _case("experts-sigmoid", 8, 4, tensor=2, sequence=True, context=2, data=2, expert=2, zero=3, recompute="full"),
-    _case("experts-sigmoid", 8, 4, tensor=2, pipeline=2, schedule="gpipe", data=2, expert=2, zero=1),
-    _case("experts-sigmoid", 8, 4, tensor=2, sequence=True, pipeline=2, context=2, expert=2, zero=0),
-    _case("as-given", 16, 4, tensor=2, sequence=True, pipeline=2, schedule="zbv", context=2, data=2, zero=2),
-    _case("gpt2", 16, 4, tensor=2, pipeline=2, context=2, context_method="ulysses", data=2, zero=3),
-    _case("experts", 16, 4, tensor=2, sequence=True, pipeline=2, context=2, data=2, expert=4, zero=1),
-    # What was left of the pairs of axis, schedule, ZeRO stage, recompute and variant (tests/unit/train/pairs.py).
-    _staged("as-given", 4, "gpipe", 1, context=2, context_method="ulysses", zero=2),
-    _staged("as-given", 8, "zero_bubble", 2, tensor=2, sequence=True, data=2, replicate=2, zero=3, recompute="full"),
-    _staged("untied", 4, "1f1b", 1, data=2, replicate=2, zero=2),
-    _staged("untied", 4, "zero_bubble", 2, data=2, zero=2, recompute="full"),
-    _staged("untied", 4, "dualpipev", 1, data=2, replicate=2, zero=3),
-    _staged("untied", 8, "interleaved", 2, tensor=2, context=2, zero=0, recompute="full"),
-    _staged("untied", 8, "zero_bubble", 1, context=2, data=2, replicate=2, zero=3),
-    _staged("untied", 8, "zbv", 1, context=2, context_method="ulysses", data=2, replicate=2, zero=1),
-    _staged("odd-vocabulary", 4, "gpipe", 1, context=2, zero=0, recompute="full"),
-    _staged("odd-vocabulary", 4, "zbv", 1, data=2, zero=0),
-    _staged("odd-vocabulary", 4, "zero_bubble", 1, data=2, zero=0),
-    _staged(
-        "odd-vocabulary",
-        8,
-        "zero_bubble",
-        2,
-        context=2,
-        context_method="ulysses",
-        data=2,
-        replicate=2,
-        zero=1,
-        recompute="full",
-    ),
-    _staged("odd-vocabulary", 8, "dualpipev", 1, context=2, context_method="ulysses", data=2, zero=2),
-    _staged(
-        "odd-vocabulary", 8, "interleaved", 2, tensor=2, sequence=True, data=2, replicate=2, zero=3, recompute="full"
-    ),
-    _staged("gpt2", 4, "zbv", 1, data=2, zero=0),
-    _staged("gpt2", 4, "zero_bubble", 1, data=2, replicate=2, zero=1, recompute="full"),
-    _staged("gpt2", 8, "gpipe", 1, tensor=2, sequence=True, data=2, replicate=2, zero=3, recompute="full"),
-    _staged("gpt2-untied", 4, "zero_bubble", 2, context=2, zero=2, recompute="full"),
-    _staged("gpt2-untied", 4, "zbv", 1, context=2, context_method="ulysses", zero=1),
-    _staged("gpt2-untied", 4, "1f1b", 1, context=2, zero=2),
-    _staged("gpt2-untied", 4, "gpipe", 1, data=2, zero=2, recompute="full"),
-    _staged("gpt2-untied", 4, "interleaved", 2, data=2, zero=2),
-    _staged(
-        "gpt2-untied",
-        8,
-        "zero_bubble",
-        1,
-        tensor=2,
-        sequence=True,
-        context=2,
-        context_method="ulysses",
-        zero=0,
-        recompute="full",
-    ),
-    _staged("gpt2-untied", 8, "dualpipev", 1, tensor=2, data=2, replicate=2, zero=1, recompute="full"),
-    _staged("experts", 4, "zero_bubble", 2, context=2, context_method="ulysses", zero=2, recompute="full"),
-    _staged("experts", 4, "gpipe", 1, data=2, replicate=2, zero=3, recompute="full"),
-    _staged("experts", 8, "interleaved", 2, context=2, context_method="ulysses", data=2, replicate=2, zero=3),
-    _staged("experts-sigmoid", 4, "zero_bubble", 1, context=2, zero=3),
-    _staged(
-        "experts-sigmoid",
-        8,
-        "interleaved",
-        2,
-        context=2,
-        context_method="ulysses",
-        data=2,
-        expert=2,
-        replicate=2,
-        zero=2,
-        recompute="full",
-    ),
-    _staged("experts-sigmoid", 8, "zero_bubble", 2, tensor=2, data=2, expert=2, zero=0),
-    _staged("experts-sigmoid", 8, "dualpipev", 1, tensor=2, sequence=True, data=2, expert=2, zero=0),
-)
-"""At least one case for each axis, schedule, ZeRO stage, family, tying and accumulation, for each pair of these that is
-legal, and mixes of up to 16 ranks. Dense models and layers of experts (dropless). The quick ones come 16 together.
-"""
 
 
 def variant_model(model: ModelConfig, variant: str) -> ModelConfig:

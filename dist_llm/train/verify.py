@@ -21,7 +21,8 @@ from dist_llm.errors import ConfigError, Violation
 from dist_llm.runtime.pool import WorkerPool
 from dist_llm.train.compare import BOUNDS, Difference, compare
 from dist_llm.train.divergence import first_divergence
-from dist_llm.train.layouts import CASES, Case, baseline, case_config, given, misfit, variant_model
+from dist_llm.train.layout_cases import CASES
+from dist_llm.train.layouts import Case, baseline, case_config, given, misfit, variant_model
 from dist_llm.train.trace import Trace, train_case
 
 MOST_TRACED = 5

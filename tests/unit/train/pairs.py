@@ -1,8 +1,8 @@
 """Which pairs of features the layouts of `verify layout` hold, and which pairs the rules forbid.
 
 A feature is a model variant, or some settings of `parallel`: those named below, and every other setting that a case
-changes. Two features are a pair unless they set one thing to two values. A pair is legal when some layout with both,
-and with at most two features more, breaks no rule.
+changes, but for those that choose within a feature. Two features are a pair unless they set one thing to two values. A
+pair is legal when some layout with both, and with at most two features more, breaks no rule.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dist_llm.train.layouts import Case, case_config, misfit
 
 SIZES = ("tensor", "pipeline", "context", "data", "expert", "replicate")
 DEFAULTS = ParallelConfig().model_dump()
+WITHIN = {"recompute_operators", "recompute_layers", "compile_backend", "unit_blocks", "prefetch"}
 MOST_RANKS = 8
 
 
@@ -58,6 +59,7 @@ NAMED = (
     Feature("zero_bubble", {"pipeline": 2, "schedule": "zero_bubble", "virtual_pipeline": 1}),
     Feature("zero_bubble chunks", {"pipeline": 2, "schedule": "zero_bubble", "virtual_pipeline": 2}),
     *(Feature(name, {"context": 2, "context_method": name}) for name in ("ring", "ulysses")),
+    Feature("mixed", {"context": 4, "context_method": "mixed", "context_heads": 2}),
     Feature("expert", {"expert": 2}),
     Feature("data", {"data": 2}),
     *(Feature(f"zero {stage}", {"zero": stage}) for stage in range(4)),
@@ -67,7 +69,7 @@ NAMED = (
 
 def features(cases: Sequence[Case]) -> list[Feature]:
     """Return the named features, the variants, and every other setting that a case changes."""
-    known = {key for feature in NAMED for key in feature.settings}
+    known = {key for feature in NAMED for key in feature.settings} | WITHIN
     variants = dict.fromkeys(case.variant for case in cases)
     others = dict.fromkeys(
         (key, value)

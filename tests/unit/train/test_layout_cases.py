@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from dist_llm.config.run import RunConfig
-from dist_llm.train.layouts import CASES, Case
+from dist_llm.train.layout_cases import CASES
+from dist_llm.train.layouts import Case
 from tests.parallel.tiny import tiny_config
 from tests.unit.train.pairs import as_line, broken_rules, features, held, legal_case, pairs, suggest
 
@@ -16,8 +17,9 @@ FORBIDDEN = {
     ("expert", "gpt2"),
     ("expert", "gpt2-untied"),
     ("zero 0", "replicate"),
+    ("zero 0", "offload parameters"),
 }
-"""By rule expert_divides_experts (these models have none) and replicas_need_shards."""
+"""By rule expert_divides_experts (these models have none), replicas_need_shards, and that of offload."""
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from dist_llm.config.run import RunConfig
 from dist_llm.errors import ConfigError
 from dist_llm.runtime.pool import WorkerPool
 from dist_llm.train.compare import compare
-from dist_llm.train.layouts import CASES, Case, baseline, case_config, given, misfit
+from dist_llm.train.layout_cases import CASES
+from dist_llm.train.layouts import Case, baseline, case_config, given, misfit
 from dist_llm.train.trace import KeyBias, Look, Trace
 from dist_llm.train.verify import choose, excluded_settings
 from tests.parallel.tiny import GPT2, build, random_batch, tiny_config
