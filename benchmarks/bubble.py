@@ -24,6 +24,7 @@ from dist_llm.accounting.schedules import Pipe, Work, stage_rank
 from dist_llm.config.parallel import ParallelConfig
 from dist_llm.ops.linear import WeightGradients
 from dist_llm.parallel.pipeline import Microbatching, Scheduled, StageModule, StageTensors
+from dist_llm.parallel.replicas import ReplicaSum
 from dist_llm.planner.schedule_trace import trace_schedule
 from dist_llm.runtime.mesh import build_mesh
 from dist_llm.runtime.pool import WorkerPool
@@ -79,8 +80,9 @@ def measure(schedule: str, chunks: int, microbatches: int, seconds: float, runs:
     for index in range(count):
         if stage_rank(index, ranks, schedule) == rank:
             later = WeightGradients() if parallel.splits_backward else None
-            parts.append(StageModule(_Stage(seconds, later, index == 0), index, count, later))
-    crossing = StageTensors((1, LENGTH, WIDTH), torch.float32, (1, LENGTH), WIDTH)
+            replicas = ReplicaSum((), mesh, 1 << 20)
+            parts.append(StageModule(_Stage(seconds, later, index == 0), index, count, replicas, later))
+    crossing = StageTensors((1, LENGTH, WIDTH), torch.float32, (1, LENGTH), WIDTH, mesh.device)
     cut = Microbatching(1, microbatches, lambda: None)
     runner = Scheduled(parts, crossing, lambda out, target: out.sum(), cut, 0, schedule, mesh.pp)
     tokens = torch.ones((microbatches, LENGTH), dtype=torch.int64)

@@ -44,7 +44,8 @@ class Routing:
             return
         layers = [router.layer for _, router in self._named]
         counts = torch.stack([router.tally.counts[router.layer] for _, router in self._named])
-        dist.all_reduce(counts, group=self._mesh.zero.group)
+        if self._mesh.zero.size > 1:
+            dist.all_reduce(counts, group=self._mesh.zero.group)
         self.counts = dict(zip(layers, counts.unbind(0), strict=True))
 
     def sums(self, device: torch.device) -> Float64[Tensor, " sums"]:
