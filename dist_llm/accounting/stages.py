@@ -37,7 +37,12 @@ class StagePlan:
 
 
 def plan_stages(model: ModelConfig, count: int) -> list[StagePlan]:
-    """Return `count` stages in order, each with a layer at least; schedules.stage_rank says where each runs."""
+    """Return `count` stages in order, each with a layer at least; schedules.stage_rank says where each runs.
+
+    Raises ValueError where there are fewer layers.
+    """
+    if count > model.num_layers:
+        raise ValueError(f"{model.num_layers} layers cannot fill {count} stages")
     head = model.vocab_size * model.hidden_size
     layer = (matmul_parameters(model) - head) // model.num_layers
     costs = [layer] * count

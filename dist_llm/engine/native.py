@@ -95,6 +95,12 @@ class NativeEngine:
 
     def _build_runner(self, stages: list[SplitStage]) -> Runner:
         data, parallel = self._config.data, self._config.parallel
+        if data.global_batch % (self._mesh.dp.size * data.microbatch):
+            raise ValueError("the global batch must be whole microbatches on each data rank")
+        if parallel.expert > 1 and not self._config.model.moe.num_experts:
+            raise ValueError("expert ranks need experts")
+        if self._mesh.pp.size == 1 and len(stages) > 1:
+            raise ValueError("one pipeline rank runs one stage")
         local = data.global_batch // self._mesh.dp.size
         cut = Microbatching(data.microbatch, local // data.microbatch, lambda: self.observe("last_forward"))
         if self._mesh.pp.size == 1:

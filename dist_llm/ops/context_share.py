@@ -30,7 +30,12 @@ class ContextShare:
         return torch.cat([torch.arange(start, start + chunk, device=device) for start in starts])
 
     def take(self, whole: Int64[Tensor, "batch seq"]) -> Int64[Tensor, "batch seq//{self.ranks}"]:
-        """Return the share's columns of something that each token of the whole sequence has."""
+        """Return the share's columns of something that each token of the whole sequence has.
+
+        Raises ValueError where the tokens do not cut into equal chunks.
+        """
         if self.ranks == 1:
             return whole
+        if whole.shape[1] % (2 * self.ranks):
+            raise ValueError(f"{whole.shape[1]} tokens cannot be cut into {2 * self.ranks} equal chunks")
         return whole[:, self.positions(whole.shape[1] // self.ranks, whole.device)]

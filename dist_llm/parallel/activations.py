@@ -8,7 +8,8 @@ Storages are known by what touches them: FSDP's own operations, collectives over
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,17 +100,14 @@ class ActivationLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
         number, size = self._births, storage.nbytes()
         self._births += 1
         self._number[key] = number
-        self._deaths[number] = weakref.ref(storage, self._at_death(key, number, size))
+        self._deaths[number] = weakref.ref(storage, partial(self._die, key, number, size))
         self._events.append((number, size))
         if not born:
             self._state.add(number)
 
-    def _at_death(self, key: int, number: int, size: int) -> Callable[[object], None]:
-        def note(_: object) -> None:
-            self._events.append((number, -size))
-            del self._number[key], self._deaths[number]
-
-        return note
+    def _die(self, key: int, number: int, size: int, _: object) -> None:
+        self._events.append((number, -size))
+        del self._number[key], self._deaths[number]
 
 
 def _group_name(group: Any) -> str:

@@ -277,6 +277,8 @@ class Scheduled:
             stage.zero, stage.num_microbatches, stage.after_forward = zero, cut.count, self._count_forward
         options: dict[str, Any] = {"n_microbatches": cut.count, "loss_fn": loss, "scale_grads": False}
         self._schedule: Any
+        if (schedule in _SINGLE and len(stages) > 1) or (schedule == "interleaved" and len(stages) == 1):
+            raise ValueError(f"{schedule} cannot run {len(stages)} stages on a rank")
         if schedule in _SINGLE:
             self._schedule = _SINGLE[schedule](stages[0], **options)
         else:

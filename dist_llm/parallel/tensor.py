@@ -93,6 +93,8 @@ def _shrink(module: nn.Module, dim: int, size: int, rows: int | None = None) -> 
     shape = list(weight.shape)
     if rows is not None:
         shape[0] = rows
+    if shape[dim] % size:
+        raise ValueError(f"{size} ranks cannot share {shape[dim]} rows or columns of a weight alike")
     shape[dim] //= size
     module.weight = nn.Parameter(weight.new_empty(shape))
     bias = getattr(module, "bias", None)

@@ -150,6 +150,22 @@ def _limit(mesh: DeviceMesh, timeout: timedelta) -> None:
         _set_pg_timeout(timeout, group)
 
 
+def _data_ranks(parallel: ParallelConfig, world: int) -> int:
+    """Return the size of the data axis. Raises ValueError where the axes do not make up the world."""
+    data, rest = divmod(world, parallel.model_ranks)
+    if rest or parallel.data not in (None, data):
+        raise ValueError(f"tensor x pipeline x context x data do not make up {world} ranks")
+    if data % parallel.replicate or (parallel.zero == 0 and parallel.replicate > 1):
+        raise ValueError(
+            f"{parallel.replicate} replicas of shards cannot share {data} data ranks under ZeRO {parallel.zero}"
+        )
+    if data // parallel.replicate * parallel.context % parallel.expert:
+        raise ValueError(f"{parallel.expert} expert ranks do not divide the ranks that share a replica")
+    if parallel.context % parallel.context_heads or (parallel.context_heads > 1 and parallel.context_method != "mixed"):
+        raise ValueError(f"{parallel.context_heads} of {parallel.context} context ranks cannot exchange heads")
+    return data
+
+
 def build_mesh(parallel: ParallelConfig, device: torch.device, timeout_seconds: float = 600.0) -> Mesh:
     """Create the process groups of the layout.
 
@@ -159,7 +175,7 @@ def build_mesh(parallel: ParallelConfig, device: torch.device, timeout_seconds: 
     """
     world = dist.get_world_size()
     timeout = timedelta(seconds=timeout_seconds)
-    data = world // parallel.model_ranks
+    data = _data_ranks(parallel, world)
     shape = (parallel.pipeline, data, parallel.context, parallel.tensor)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp", "cp", "tp"))
     replicas = data * parallel.context

@@ -47,38 +47,51 @@ class StageFacts:
 
 
 def dry_run(config: RunConfig, ranks: int, report: Callable[[str], None] = lambda message: None) -> dict[str, object]:
-    """Return, JSON-able, what each pipeline rank and stage of a legal config on `ranks` ranks holds and sends.
+    """Return, JSON-able, what each pipeline rank and stage of a config on `ranks` ranks holds and sends.
 
-    Stands for the rank at index 0 of all other axes, which holds the most. Issues collectives that move nothing.
+    Stands for the rank at index 0 of all other axes, which holds the most. Issues collectives that move nothing. What
+    the config check would refuse ends in a ValueError, RuntimeError or AssertionError, from where it cannot be built.
     """
-    parallel, model = config.parallel, config.model
-    microbatches = num_microbatches(config, ranks)
-    if microbatches is None:
-        raise ValueError("a dry run needs a config that is legal on its ranks")
-    pipe = Pipe(
-        parallel.schedule if parallel.pipeline > 1 else "1f1b", parallel.pipeline, parallel.chunks, microbatches
-    )
-    prove(pipe, write_programs(pipe))
-    built: dict[tuple[object, ...], list[StageFacts]] = {}
+    pipe = _pipe(config, ranks)
     by_rank: list[dict[str, object]] = []
     by_stage: dict[int, dict[str, object]] = {}
-    for index in range(parallel.pipeline):
-        stages = rank_stages(model, parallel, index)
-        kind = tuple(_kind(config, stage) for stage in stages)
-        if kind not in built:
-            report(f"building pipeline rank {index} of {parallel.pipeline}")
-            built[kind] = build_rank(config, ranks, index)
-        row, rows = _describe(config, ranks, index, pipe, built[kind])
+    for index, built in enumerate(build_ranks(config, ranks, report)):
+        row, rows = _describe(config, ranks, index, pipe, built)
         by_rank.append(row)
         by_stage.update(rows)
+    prove(pipe, write_programs(pipe))
     return {
-        "num_params": num_parameters(model),
+        "num_params": num_parameters(config.model),
         "ranks": ranks,
-        "microbatches": microbatches,
+        "microbatches": pipe.microbatches,
         "global_batch": config.data.global_batch,
         "stages": [by_stage[stage] for stage in sorted(by_stage)],
         "pipeline_ranks": by_rank,
     }
+
+
+def _pipe(config: RunConfig, ranks: int) -> Pipe:
+    microbatches = num_microbatches(config, ranks)
+    if microbatches is None:
+        raise ValueError("the global batch must be whole microbatches on each data rank")
+    parallel = config.parallel
+    return Pipe(
+        parallel.schedule if parallel.pipeline > 1 else "1f1b", parallel.pipeline, parallel.chunks, microbatches
+    )
+
+
+def build_ranks(config: RunConfig, ranks: int, report: Callable[[str], None]) -> list[list[StageFacts]]:
+    """Return the stages of each pipeline rank; ranks with alike stages are built once."""
+    count = config.parallel.pipeline
+    built: dict[tuple[object, ...], list[StageFacts]] = {}
+    found = []
+    for index in range(count):
+        kind = tuple(_kind(config, stage) for stage in rank_stages(config.model, config.parallel, index))
+        if kind not in built:
+            report(f"building pipeline rank {index} of {count}")
+            built[kind] = build_rank(config, ranks, index)
+        found.append(built[kind])
+    return found
 
 
 def build_rank(config: RunConfig, ranks: int, pipeline_index: int) -> list[StageFacts]:
