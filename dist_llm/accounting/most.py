@@ -1,19 +1,17 @@
 """The most bytes of gradients and of gathered parameters that one stage holds at once, ZeRO by ZeRO.
 
     zero      gradients                                             gathered parameters
-    0, none   P W                                                   0
+    none      P W, and a bucket on its way where there are replicas  0
     0, 1      P W with more than one microbatch, else as zero 2     P C
-    2, 3      S W and one whole unit in W, on its way               P C; under 3 two units, one gathered ahead
+    2, 3      S W and one whole unit in W, on its way               P C; under 3 a unit and those gathered ahead
 
-P, S, W, C as in memory.py; `none`: without FSDP (nothing to shard or cast).
+P, S, W, C as in memory.py; `none`: without FSDP (nothing to shard or cast). Offloaded shards count as host memory.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 from dist_llm.accounting.held import Unit, stage_units
-from dist_llm.accounting.memory import FORMAT_BYTES, Place
+from dist_llm.accounting.memory import FORMAT_BYTES, Place, uses_fsdp
 from dist_llm.accounting.stages import StagePlan
 from dist_llm.config.model import ModelConfig
 from dist_llm.config.parallel import ParallelConfig
@@ -30,16 +28,21 @@ def gradient_bytes(
     precision: PrecisionConfig,
     place: Place,
     stage: StagePlan,
+    replicas: int,
     microbatches: int,
 ) -> int:
-    """Return the most bytes of gradients of a stage, reduced or not."""
+    """Return the most bytes of gradients of a stage, reduced or not; `replicas`: ranks of data x context."""
     master = FORMAT_BYTES[precision.master]
     units = stage_units(model, parallel, stage)
-    fsdp = place.shards > 1 or precision.compute != precision.master
     whole = sum(_numel(unit) for unit in units)
-    if not fsdp or (parallel.zero < 2 and microbatches > 1):
+    if not uses_fsdp(parallel, precision, place.shards):
+        largest = max(tensor.numel for unit in units for tensor in unit) * master
+        bucket = min(whole * master, max(parallel.bucket_mib << 20, largest))
+        return whole * master + (bucket if replicas > 1 else 0)
+    if parallel.zero < 2 and microbatches > 1:
         return whole * master
-    shards = sum(place.shard_numel(tensor) for unit in units for tensor in unit)
+    here = parallel.offload != "parameters"
+    shards = sum(place.shard_numel(tensor) for unit in units for tensor in unit) if here else 0
     return (shards + max(_numel(unit) for unit in units)) * master
 
 
@@ -47,11 +50,10 @@ def gathered_bytes(
     model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, place: Place, stage: StagePlan
 ) -> int:
     """Return the most bytes of whole parameters, in the compute format, beside a stage's stored shards."""
-    fsdp = place.shards > 1 or precision.compute != precision.master
-    if not fsdp:
+    if not uses_fsdp(parallel, precision, place.shards):
         return 0
     units = [_numel(unit) for unit in stage_units(model, parallel, stage)]
     if parallel.zero < 3:
         return sum(units) * FORMAT_BYTES[precision.compute]
-    pairs = [sum(pair) for pair in pairwise(units)]
-    return max(pairs or units) * FORMAT_BYTES[precision.compute]
+    windows = [sum(units[start : start + 1 + parallel.prefetch]) for start in range(len(units))]
+    return max(windows) * FORMAT_BYTES[precision.compute]

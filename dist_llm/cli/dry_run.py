@@ -21,12 +21,13 @@ holds the most:
   gathered_param_bytes   whole parameters in the compute format beside them, at most
   grad_bytes             gradients, at most
   optimizer_bytes        AdamW's two moments
+  host_bytes             what parallel.offload keeps in host memory instead, gradients' buffers too
   peak_activation_bytes  everything else, at most: what the backward needs, what is being computed, receive buffers
   traffic                collectives of a step by axis and kind, as `count` and `payload_bytes`
 
 Ranks are parallel.data x pipeline x context x tensor where parallel.data is set, else --ranks, else those of the
 launcher. Without data.global_batch a step has data ranks x data.microbatch x parallel.pipeline sequences.
-Experts are taken as evenly used."""
+Experts are taken as evenly used, blocks as not compiled."""
 
 _BATCH_WORDS = ("data.global_batch=", "experiment=", "data=")
 

@@ -52,8 +52,8 @@ class ParallelConfig(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that a backward computes again: none, of some operators, or all of a block (Chen et al. 2016)."""
     recompute_operators: Annotated[tuple[Operator, ...], Field(strict=False, min_length=1)] = ("core_attn",)
-    """What selective recompute computes again: core_attn is scores and softmax (Korthikanti et al. 2022), norm and
-    activation give up their results too, mlp is all of the feed-forward layer."""
+    """What `recompute: selective`, and it alone, computes again: core_attn is scores and softmax (Korthikanti et al.
+    2022), norm and activation give up their results too, mlp is all of the feed-forward layer."""
     recompute_layers: Count | None = None
     """Blocks of each stage that are recomputed, its first ones (Megatron-LM's block method); null: all of them."""
     async_tensor: bool = False
@@ -62,7 +62,8 @@ class ParallelConfig(Section):
     compile: bool = False
     """Compile the blocks with torch.compile, once for all of them."""
     compile_backend: Literal["inductor", "aot_eager"] = "inductor"
-    """What compiles them: inductor (a C++ compiler on a CPU, Triton on a GPU), or aot_eager, which fuses nothing."""
+    """What compiles them: inductor (a C++ compiler on a CPU, Triton on a GPU), or aot_eager, which fuses nothing; no
+    effect without `compile`."""
     fused_accumulation: bool = False
     """Add each linear's weight gradient to its fp32 sum over microbatches in the product that computes it."""
     unit_blocks: Count = 1

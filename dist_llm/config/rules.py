@@ -236,8 +236,10 @@ def tensor_divides_experts(config: RunConfig, world_size: int | None) -> Iterato
 
 @reads("parallel.recompute", "parallel.recompute_operators")
 def operators_do_not_overlap(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
-    """`parallel.recompute_operators` names `activation` or `mlp`, not both: one is inside the other."""
+    """`parallel.recompute_operators` names each operator once; not `activation` beside `mlp`, which it is inside."""
     listed = config.parallel.recompute_operators
+    if len(set(listed)) < len(listed):
+        yield Broken("parallel.recompute_operators", "must name each operator once", (tuple(dict.fromkeys(listed)),))
     if config.parallel.recompute == "selective" and "mlp" in listed and "activation" in listed:
         ways = tuple(tuple(name for name in listed if name != left_out) for left_out in ("activation", "mlp"))
         yield Broken("parallel.recompute_operators", "must not name both mlp and the activation inside it", ways)

@@ -129,7 +129,8 @@ def _kernel(piece: Piece) -> Any:
     if device == "cuda":
         repeats = piece.query.shape[1] // piece.key.shape[1]
         plain = SDPAParams(piece.query, piece.key, piece.value, None, 0.0, piece.causal, repeats > 1)
-        if piece.mask is None and can_use_flash_attention(plain):
+        # The kernel itself takes widths in steps of 8; torch's own attention pads before it calls it.
+        if piece.mask is None and piece.query.shape[-1] % 8 == 0 and can_use_flash_attention(plain):
             return _FlashCuda()
         # As the efficient kernel sees it: a key head for every query head.
         key, value = (x[:, :1].expand(-1, piece.query.shape[1], -1, -1) for x in (piece.key, piece.value))

@@ -20,7 +20,7 @@ from dist_llm.accounting.stages import StagePlan
 from dist_llm.config.parallel import ParallelConfig
 from dist_llm.ops.linear import WeightGradients
 from dist_llm.parallel.async_tensor import apply_async_tensor
-from dist_llm.parallel.compile import apply_compile, require_compiler
+from dist_llm.parallel.compile import apply_compile, prepare_compile, require_compiler
 from dist_llm.parallel.context import apply_context
 from dist_llm.parallel.expert import apply_expert
 from dist_llm.parallel.fused_accumulation import GradientTotals
@@ -118,11 +118,13 @@ def _apply_recompute_and_compile(
 ) -> None:
     """Recompute some operators inside of the blocks, compile these, and recompute whole ones around that, in place."""
     blocks = model.blocks(module)
+    if parallel.compile:
+        require_compiler(parallel.compile_backend, device)
+        prepare_compile(blocks)
     if parallel.recompute == "selective":
         operators = [model.operators[name] for name in parallel.recompute_operators]
         apply_selective_recompute(blocks[: parallel.recompute_layers], operators)
     if parallel.compile:
-        require_compiler(parallel.compile_backend, device)
         apply_compile(blocks, parallel.compile_backend)
     if parallel.recompute == "full":
         apply_full_recompute(blocks[: parallel.recompute_layers])

@@ -35,11 +35,16 @@ def require_compiler(backend: Backend, device: torch.device) -> None:
         ) from error
 
 
-def apply_compile(blocks: Iterable[nn.Module], backend: Backend) -> None:
-    """Compile the forward of each block, in place, at its first call. What collectives it issues does not change."""
+def prepare_compile(blocks: Iterable[nn.Module]) -> None:
+    """Leave out of the blocks what cannot be traced, in place, before anything is wrapped around it."""
     for block in blocks:
         for module in block.modules():
             _prepare(module)
+
+
+def apply_compile(blocks: Iterable[nn.Module], backend: Backend) -> None:
+    """Compile the forward of each prepared block, in place, at its first call. Its collectives do not change."""
+    for block in blocks:
         block.forward = torch.compile(block.forward, backend=backend, dynamic=False)
 
 

@@ -4,8 +4,8 @@
     with      sum <- sum + dy^T x, in one product                    (ops/fused_accumulation.py)
 
 FSDP2 keeps a sum for each parameter between microbatches under ZeRO 0 and 1 and reduces it in the last backward. Later
-stages reduce each microbatch and keep none. In the last backward of a step with one microbatch there is no sum either:
-its gradients go the usual way, as those of embeddings, norms, biases and experts always do.
+stages reduce each microbatch and keep none. A step of one microbatch whose backward is whole needs no sum either: its
+gradients go the usual way, as those of embeddings, norms, biases and experts always do.
 """
 
 from __future__ import annotations

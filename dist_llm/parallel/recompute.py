@@ -76,6 +76,7 @@ class _Kept:
 
     def __init__(self) -> None:
         self._calls: dict[StorageWeakRef, tuple[_Call, int]] = {}
+        self._looks = False
 
     def block(self, forward: Function) -> Function:
         """Return a block's forward, whose operations do not save the results that are given up."""
@@ -86,22 +87,30 @@ class _Kept:
                 out = forward(*args, **kwargs)
                 return out
             try:
+                self._looks = True
                 with saved_tensors_hooks(self._pack, self._unpack):
                     out = forward(*args, **kwargs)
             finally:
+                self._looks = False
                 self._calls.clear()
             return out
 
         return run
 
     def function(self, function: Function) -> Function:
-        """Return the function; what it saves and its result are given up."""
+        """Return the function; what it saves and its result are given up.
+
+        Where the block does not look (it was compiled, and this part of it was not) the result stays.
+        """
         traced = _recomputed(function)
 
         def run(*args: Tensor | None) -> Tensor:
             out: Tensor
-            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-                out = traced(*args) if torch.is_grad_enabled() else function(*args)
+            if not torch.is_grad_enabled():
+                out = function(*args)
+                return out
+            if torch.compiler.is_compiling() or not self._looks:
+                out = traced(*args)
                 return out
             call = _Call(function, args)
             out = call.run(args)

@@ -44,7 +44,10 @@ class Verdict:
 
 
 def legal_layouts(config: RunConfig, ranks: int) -> list[Choice]:
-    """Return every legal layout of the config's model and batch on `ranks` ranks, as settings of `parallel`."""
+    """Return every legal layout of the config's model and batch on `ranks` ranks, as settings of `parallel`.
+
+    What no layout can mend, a rule on other settings alone, is left to `judge_layout`.
+    """
     found: list[Choice] = []
     chosen: set[str] = set()
     asked: list[list[Rule]] = []
@@ -52,7 +55,8 @@ def legal_layouts(config: RunConfig, ranks: int) -> list[Choice]:
         chosen.update(names)
         before = [rule for rules in asked for rule in rules]
         asked.append([rule for rule in LAYOUT_RULES if rule not in before and _reads_only(rule, chosen)])
-    asked[-1].extend(rule for rule in LAYOUT_RULES if not any(rule in rules for rules in asked))
+    rest = [rule for rule in LAYOUT_RULES if not any(rule in rules for rules in asked)]
+    asked[-1].extend(rule for rule in rest if any(f"parallel.{name}" in rule.keys for name in _NAMES))
     _extend(_Judge(config, ranks), asked, {}, found)
     return found
 

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from dist_llm.runtime.process import forget_placements
+
 
 @contextmanager
 def fake_group(world_size: int, rank: int) -> Iterator[None]:
@@ -25,3 +27,4 @@ def fake_group(world_size: int, rank: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        forget_placements()

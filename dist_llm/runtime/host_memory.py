@@ -22,7 +22,8 @@ class HostMemory:
 
     def empty_like(self, tensor: Tensor) -> Tensor:
         """Return a buffer for `tensor`."""
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._sends is not None)
+        layout = torch.contiguous_format
+        return torch.empty_like(tensor, device="cpu", pin_memory=self._sends is not None, memory_format=layout)
 
     @torch.no_grad()
     def fetch(self, host: Tensor, source: Tensor) -> Callable[[], None]:

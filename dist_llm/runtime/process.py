@@ -64,11 +64,11 @@ def stop_process() -> None:
     """
     if dist.is_initialized():
         dist.destroy_process_group()
-    _forget_placements()
+    forget_placements()
     gc.collect()
 
 
-def _forget_placements() -> None:
+def forget_placements() -> None:
     """Empty DTensor's caches: they are keyed by meshes, which hold the groups of every layout that ever ran here."""
     if "torch.distributed.tensor" not in sys.modules:
         return

@@ -39,10 +39,13 @@ from dist_llm.runtime.mesh import Mesh, build_mesh
 
 @dataclass(frozen=True)
 class StageFacts:
-    """What a stage is on one rank: bytes of stored parameters and of optimizer state, and activations by microbatch."""
+    """What a stage is on one rank: bytes of stored parameters and of optimizer state on the device, bytes that are in
+    host memory instead, and activations by microbatch.
+    """
 
     param_bytes: int
     optimizer_bytes: int
+    host_bytes: int
     activations: StageMemory
 
 
@@ -96,7 +99,9 @@ def build_ranks(config: RunConfig, ranks: int, report: Callable[[str], None]) ->
 
 def build_rank(config: RunConfig, ranks: int, pipeline_index: int) -> list[StageFacts]:
     """Build the first rank of a pipeline index on a fake group, run its stages and one update; return its stages."""
-    parallel = config.parallel
+    # Compiled code does not run on tensors without values: activations are those of blocks that are not compiled.
+    parallel = config.parallel.model_copy(update={"compile": False})
+    config = config.model_copy(update={"parallel": parallel})
     with fake_group(ranks, pipeline_index * (ranks // parallel.pipeline)):
         mesh = build_mesh(parallel, torch.device("cpu"))
         mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -109,7 +114,10 @@ def build_rank(config: RunConfig, ranks: int, pipeline_index: int) -> list[Stage
             engine.finish_gradients()
             gradients = [shard.gradient() for shard in engine.shards]
             engine.optimizer.step(gradients, config.optimizer.lr, torch.ones((), dtype=torch.float64))
-        facts = [_facts(engine, stage, memory) for stage, memory in zip(engine.stages, memories, strict=True)]
+        facts = [
+            _facts(engine, stage, memory, config.parallel.offload)
+            for stage, memory in zip(engine.stages, memories, strict=True)
+        ]
         engine.close()
     return facts
 
@@ -157,11 +165,15 @@ def _stage_run(config: RunConfig, engine: NativeEngine, stage: SplitStage, mesh:
     return StageRun(stage.part, enter, loss, targets, extras, parallel.zero, keeps=parallel.pipeline > 1)
 
 
-def _facts(engine: NativeEngine, stage: SplitStage, memory: StageMemory) -> StageFacts:
+def _facts(engine: NativeEngine, stage: SplitStage, memory: StageMemory, offload: str) -> StageFacts:
     ours = {id(shard) for shard in stage.shards}
     slots = [slot for shard, slot in zip(engine.shards, engine.optimizer.slots, strict=True) if id(shard) in ours]
     moments = storage_bytes(moment for slot in slots for moment in (slot.exp_avg, slot.exp_avg_sq))
-    return StageFacts(storage_bytes(shard.tensor for shard in stage.shards), moments, memory)
+    stored = storage_bytes(shard.tensor for shard in stage.shards)
+    if offload == "none":
+        return StageFacts(stored, moments, 0, memory)
+    # On the host: moments, gradients, and the masters beside the device's weights or the only shards there are.
+    return StageFacts(stored if offload == "optimizer" else 0, 0, moments + 2 * stored, memory)
 
 
 def _describe(
@@ -170,7 +182,7 @@ def _describe(
     """Return the rows of a pipeline rank and of its stages."""
     parallel, model, precision = config.parallel, config.model, config.precision
     data = ranks // parallel.model_ranks
-    place = place_of(parallel, data, pipeline_index, 0)
+    place, replicas = place_of(parallel, data, pipeline_index, 0), data * parallel.context
     traffic = _traffic_row(step_traffic(Shapes(model, parallel, precision, config.data, place, data)))
     order = pipe.order(pipeline_index)
     stages = rank_stages(model, parallel, pipeline_index)
@@ -180,8 +192,9 @@ def _describe(
         sizes = {
             "param_bytes": facts.param_bytes,
             "gathered_param_bytes": gathered_bytes(model, parallel, precision, place, stage),
-            "grad_bytes": gradient_bytes(model, parallel, precision, place, stage, pipe.microbatches),
+            "grad_bytes": gradient_bytes(model, parallel, precision, place, stage, replicas, pipe.microbatches),
             "optimizer_bytes": facts.optimizer_bytes,
+            "host_bytes": facts.host_bytes,
         }
         total = {name: total[name] + sizes[name] for name in _SUMMED}
         own = [action for action in order if action.stage == stage.index]
@@ -204,12 +217,12 @@ def _describe(
         "stages": [stage.index for stage in stages],
         **total,
         "peak_activation_bytes": peak,
-        "peak_bytes": sum(total.values()) + peak,
+        "peak_bytes": sum(total.values()) - total["host_bytes"] + peak,
         "traffic": traffic,
     }, rows
 
 
-_SUMMED = ("param_bytes", "gathered_param_bytes", "grad_bytes", "optimizer_bytes")
+_SUMMED = ("param_bytes", "gathered_param_bytes", "grad_bytes", "optimizer_bytes", "host_bytes")
 
 
 def _traffic_row(traffic: Traffic) -> dict[str, dict[str, dict[str, int]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from dist_llm.accounting.traffic import Shapes, step_traffic
 from dist_llm.config.run import RunConfig
 from dist_llm.errors import EngineUnavailable
 from dist_llm.parallel.compile import require_compiler
+from dist_llm.parallel.recompute import _Call
 from dist_llm.runtime.pool import WorkerPool
 from tests.parallel.tiny import GPT2, MOE, Curve, build, curve, largest_gap, random_batch, tiny_config
 from tests.tolerances import FP64_FEW_STEPS
@@ -28,6 +30,9 @@ LAYOUTS: list[tuple[int, dict[str, object], dict[str, object]]] = [
     (2, {"context": 2, "recompute": "full"}, {}),
     (2, {"context": 2, "context_method": "ulysses"}, GPT2),
     (4, {"expert": 2, "zero": 2}, MOE),
+    (2, {"context": 2, **CHEAP}, {}),
+    (4, {"context": 4, "context_method": "mixed", "context_heads": 2}, {}),
+    (2, {"expert": 2, **CHEAP}, MOE),
 ]
 
 
@@ -116,6 +121,20 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EngineUnavailable, match="C\\+\\+ compiler"):
         require_compiler("inductor", torch.device("cpu"))
     require_compiler("aot_eager", torch.device("cpu"))
+
+
+def calls_left(config: RunConfig) -> int:
+    """Train two steps; return how many calls of operators that gave up their results are still there."""
+    engine = build(config)
+    for step in range(2):
+        engine.train_step(random_batch(config, engine.data_slice, step))
+    return sum(isinstance(thing, _Call) for thing in gc.get_objects())
+
+
+@pytest.mark.slow
+def test_what_a_compiled_block_leaves_out_is_let_go(pool: WorkerPool) -> None:
+    """Layers of experts run uncompiled in compiled blocks, where nobody looks at what operators give up."""
+    assert pool.run(fresh, calls_left, tiny_config({**CHEAP, **TRACED}, MOE), world=1) == [0]
 
 
 @pytest.mark.slow

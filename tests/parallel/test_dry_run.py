@@ -8,7 +8,7 @@ import pytest
 
 from dist_llm.config.run import RunConfig
 from dist_llm.parallel.activations import ActivationLog
-from dist_llm.parallel.live import gradients, parameters, storage_bytes
+from dist_llm.parallel.live import gradients, host_bytes, parameters, storage_bytes
 from dist_llm.runtime.pool import WorkerPool
 from dist_llm.train.dry_run import dry_run, state_groups
 from tests.parallel.tiny import GPT2, build, random_batch, tiny_config
@@ -28,10 +28,15 @@ def measured(config: RunConfig) -> dict[str, int]:
         engine.train_step(random_batch(config, engine.data_slice, 0))
         start = log.mark()
         engine.train_step(random_batch(config, engine.data_slice, 1))
+    offload = config.parallel.offload
+    moments = storage_bytes(t for slot in engine.optimizer.slots for t in (slot.exp_avg, slot.exp_avg_sq))
+    if offload == "parameters":
+        moments += sum(host_bytes(stage.part.model) for stage in engine.stages)
     return {
         "pipeline_rank": engine._mesh.pp.index,
-        "param_bytes": storage_bytes(shard.tensor for shard in engine.shards),
-        "optimizer_bytes": storage_bytes(t for slot in engine.optimizer.slots for t in (slot.exp_avg, slot.exp_avg_sq)),
+        "param_bytes": storage_bytes(shard.tensor for shard in engine.shards) * (offload != "parameters"),
+        "optimizer_bytes": moments * (offload == "none"),
+        "host_bytes": storage_bytes(engine.optimizer.host_tensors) + moments * (offload == "parameters"),
         "peak_activation_bytes": log.peak(start, log.mark()),
     }
 
@@ -42,6 +47,9 @@ CASES = [
     (1, {"recompute": "full"}, WIDE, "fp32"),
     (2, {"zero": 1}, {}, "bf16"),
     (2, {"zero": 3}, {**GPT2, **WIDE, "num_kv_heads": None}, "fp32"),
+    (2, {"zero": 1, "offload": "optimizer"}, WIDE, "bf16"),
+    (2, {"zero": 3, "offload": "parameters"}, WIDE, "fp32"),
+    (2, {"zero": 0}, WIDE, "fp32"),
     (2, {"tensor": 2, "sequence": True}, WIDE, "bf16"),
     (2, {"context": 2}, WIDE, "fp32"),
     (4, {"pipeline": 4, "zero": 0}, WIDE, "fp32"),
@@ -65,4 +73,5 @@ def test_a_dry_run_foretells_what_ranks_hold(
         here = next(rank for rank in seen if rank["pipeline_rank"] == row["pipeline_rank"])
         assert here["param_bytes"] == row["param_bytes"]
         assert here["optimizer_bytes"] == row["optimizer_bytes"]
+        assert here["host_bytes"] == row["host_bytes"]
         assert row["peak_activation_bytes"] == pytest.approx(here["peak_activation_bytes"], rel=0.05)
