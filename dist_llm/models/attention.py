@@ -1,74 +1,21 @@
 """Causal self-attention with grouped key/value heads, optional QK-norm, rotary positions and document masks.
 
-    softmax(q k^T / sqrt(d)) v over earlier tokens of the same document
-
 The number of heads is read off the width of q, so the same code runs on a share of the heads.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
 
 from dist_llm.config.model import ModelConfig
 from dist_llm.models.norm import RMSNorm
 from dist_llm.models.rope import RopeTable
+from dist_llm.ops.causal_attention import Attend, CausalAttention
 from dist_llm.ops.context_share import ContextShare
 from dist_llm.ops.rope import rotate
-
-
-def document_mask(documents: Int64[Tensor, "batch seq"]) -> Bool[Tensor, "batch 1 seq seq"]:
-    """Return whether the key (last dim) is not later than the query and in its document."""
-    same = documents[:, None, :, None] == documents[:, None, None, :]
-    length = documents.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
-    return same & causal
-
-
-class Attend(Protocol):
-    """softmax(q k^T / sqrt(d)) v over earlier tokens of the same document, wherever they are."""
-
-    def mask(self, documents: Int64[Tensor, "batch whole"]) -> Any:
-        """Return what confines attention to documents, for `__call__` and nobody else to read."""
-        ...
-
-    def __call__(
-        self,
-        query: Float[Tensor, "batch heads seq head"],
-        key: Float[Tensor, "batch groups seq head"],
-        value: Float[Tensor, "batch groups seq head"],
-        mask: Any,
-        drop: float,
-    ) -> Float[Tensor, "batch heads seq head"]:
-        """Attend; mask None: plain causal."""
-        ...
-
-
-class CausalAttention:
-    """Attention with all tokens here; whoever splits the sequence puts another in its place."""
-
-    def mask(self, documents: Int64[Tensor, "batch seq"]) -> Bool[Tensor, "batch 1 seq seq"]:
-        """Return what confines attention to documents."""
-        return document_mask(documents)
-
-    def __call__(
-        self,
-        query: Float[Tensor, "batch heads seq head"],
-        key: Float[Tensor, "batch groups seq head"],
-        value: Float[Tensor, "batch groups seq head"],
-        mask: Bool[Tensor, "batch 1 seq seq"] | None,
-        drop: float,
-    ) -> Float[Tensor, "batch heads seq head"]:
-        """Attend; mask None: plain causal. drop: probability of dropping a weight."""
-        grouped = query.shape[1] != key.shape[1]
-        out: Tensor = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=drop, is_causal=mask is None, enable_gqa=grouped
-        )
-        return out
 
 
 class Attention(nn.Module):

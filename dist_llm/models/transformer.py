@@ -15,12 +15,13 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from dist_llm.config.model import ModelConfig
-from dist_llm.models.attention import Attend, Attention, CausalAttention
+from dist_llm.models.attention import Attention
 from dist_llm.models.dropout import Dropout
 from dist_llm.models.mlp import MLP
 from dist_llm.models.moe import MoE, Tally
 from dist_llm.models.norm import build_norm
 from dist_llm.models.rope import RopeTable
+from dist_llm.ops.causal_attention import Attend, CausalAttention
 from dist_llm.ops.context_share import ContextShare
 
 

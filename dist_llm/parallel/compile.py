@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from dist_llm.errors import EngineUnavailable
-from dist_llm.parallel.ring import RingAttention
 
 Backend = Literal["inductor", "aot_eager"]
 
@@ -53,7 +52,7 @@ def _prepare(module: nn.Module) -> None:
     if hasattr(module, "dispatch"):
         module.forward = torch.compiler.disable(module.forward)  # type: ignore[no-untyped-call]
     attend = getattr(module, "attend", None)
-    if attend is not None and RingAttention in (type(attend), type(getattr(attend, "_inner", None))):
+    if attend is not None and not attend.traceable:
         module.attend = torch.compiler.disable(attend.__call__)  # type: ignore[no-untyped-call]
     key = getattr(module, "key", None)
     if isinstance(key, int):

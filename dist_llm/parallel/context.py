@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.nn import functional
 
-from dist_llm.ops.block_attention import default_scale
+from dist_llm.ops.causal_attention import Attend, CausalAttention
 from dist_llm.ops.context_share import ContextShare
 from dist_llm.parallel.ring import RingAttention
 from dist_llm.runtime.mesh import Axis, ContextAxes
@@ -47,40 +46,19 @@ def _exchange(x: Tensor, axis: Axis) -> Tensor:
     return out
 
 
-class LocalAttention:
-    """Causal attention of tokens that are all here."""
-
-    def mask(self, documents: Int64[Tensor, "batch seq"]) -> Bool[Tensor, "batch 1 seq seq"]:
-        """Return which keys each query sees: not later ones, of its document."""
-        return (documents[:, None, :, None] == documents[:, None, None, :]).tril()
-
-    def __call__(
-        self,
-        query: Float[Tensor, "batch heads seq head"],
-        key: Float[Tensor, "batch groups seq head"],
-        value: Float[Tensor, "batch groups seq head"],
-        mask: Bool[Tensor, "batch 1 seq seq"] | None,
-        drop: float,
-        scale: float | None = None,
-    ) -> Float[Tensor, "batch heads seq head"]:
-        """Attend. `drop` must be 0."""
-        if drop:
-            raise ValueError("attention over context ranks has no dropout")
-        grouped = query.shape[1] != key.shape[1]
-        scale = default_scale(query.shape[-1]) if scale is None else scale
-        return functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
-        )
-
-
 class UlyssesAttention:
     """Attention, by another, of this rank's part of the heads for the tokens of all ranks of the axis.
 
     Key/value heads that are fewer than the ranks, or do not divide among them, are repeated until they do.
     """
 
-    def __init__(self, axis: Axis, inner: LocalAttention | RingAttention) -> None:
+    def __init__(self, axis: Axis, inner: Attend) -> None:
         self._axis, self._inner = axis, inner
+
+    @property
+    def traceable(self) -> bool:
+        """Whether torch.compile can look inside."""
+        return self._inner.traceable
 
     def mask(self, documents: Int64[Tensor, "batch seq"]) -> Any:
         """Return what confines attention to documents; `documents` is of the whole sequence."""
@@ -93,9 +71,10 @@ class UlyssesAttention:
         value: Float[Tensor, "batch groups part head"],
         mask: Any,
         drop: float,
-        scale: float | None = None,
     ) -> Float[Tensor, "batch heads part head"]:
         """Attend to the keys of all ranks. Two all-to-alls over the axis, and two on the way back. `drop` must be 0."""
+        if drop:
+            raise ValueError("attention over context ranks has no dropout")
         part, order = query.shape[2], self._order(query.shape[2], query.device)
         key, value = (self._repeated(x) for x in (key, value))
         # [rank, batch, heads of that rank, part, head]; q, k and v go together.
@@ -103,7 +82,7 @@ class UlyssesAttention:
         came = _exchange(torch.cat(split, dim=2), self._axis)
         whole = came.movedim(0, 2).flatten(2, 3)[:, :, order.argsort()]
         q, k, v = torch.split(whole, [x.shape[2] for x in split], dim=1)
-        out = self._inner(q, k, v, mask, drop, scale)
+        out = self._inner(q, k, v, mask, drop)
         return self._returned(torch.unflatten(out[:, :, order], 2, (self._axis.size, part)).movedim(2, 0))
 
     def _repeated(self, x: Float[Tensor, "batch groups part head"]) -> Float[Tensor, "batch copies part head"]:
@@ -124,7 +103,7 @@ class UlyssesAttention:
 def _attention(axes: ContextAxes) -> RingAttention | UlyssesAttention:
     if axes.heads.size == 1:
         return RingAttention(axes.ring)
-    return UlyssesAttention(axes.heads, LocalAttention() if axes.ring.size == 1 else RingAttention(axes.ring))
+    return UlyssesAttention(axes.heads, CausalAttention() if axes.ring.size == 1 else RingAttention(axes.ring))
 
 
 def apply_context(model: nn.Module, axes: ContextAxes) -> None:

@@ -18,11 +18,11 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from dist_llm.ops.block_attention import Piece, default_scale, merge, wide
 from dist_llm.ops.context_share import ContextShare
 from dist_llm.ops.fused_attention import attend, gradients
+from dist_llm.ops.row_counts import has_values
 from dist_llm.runtime.mesh import Axis
 
 
@@ -69,7 +69,7 @@ class RingDocuments:
         """Return what the documents of whole sequences mean on this rank. Waits for the device once."""
         part, n = documents.shape[1] // axis.size, axis.size
         shares = torch.stack([ContextShare(rank, n).take(documents) for rank in range(n)])
-        if shares.is_meta or isinstance(shares, FakeTensor):
+        if not has_values(shares):
             return cls(shares, (Meeting.PART,) * n)
         apart, alike = [], []
         for number in range(n):
@@ -93,6 +93,9 @@ class RingDocuments:
 class RingAttention:
     """Causal attention over the tokens of all ring ranks, each asking for its own."""
 
+    traceable = False
+    """Whether torch.compile can look inside: not where tensors are sent and received."""
+
     def __init__(self, axis: Axis) -> None:
         self._axis = axis
 
@@ -107,13 +110,11 @@ class RingAttention:
         value: Float[Tensor, "batch groups part head"],
         mask: RingDocuments | None,
         drop: float,
-        scale: float | None = None,
     ) -> Float[Tensor, "batch heads part head"]:
         """Attend to the keys of all ranks. Sends and receives over the ring, see above. `drop` must be 0."""
         if drop:
             raise ValueError("ring attention has no dropout")
-        scale = default_scale(query.shape[-1]) if scale is None else scale
-        out: Tensor = _Ring.apply(query, key, value, mask, self._axis, scale)  # type: ignore[no-untyped-call]
+        out: Tensor = _Ring.apply(query, key, value, mask, self._axis)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -144,8 +145,9 @@ _KEYS, _GRADIENTS = 0, 1
 class _Pieces:
     """The pieces of attention that this rank computes."""
 
-    def __init__(self, query: Tensor, documents: RingDocuments | None, axis: Axis, scale: float) -> None:
-        self._query, self._documents, self._axis, self._scale = query, documents, axis, scale
+    def __init__(self, query: Tensor, documents: RingDocuments | None, axis: Axis) -> None:
+        self._query, self._documents, self._axis = query, documents, axis
+        self._scale = default_scale(query.shape[-1])
 
     def at(self, number: int, pair: Tensor) -> tuple[Piece, Turn] | None:
         """Return what meets in a turn with the key/value pair that is here; None: nothing."""
@@ -169,10 +171,9 @@ class _Ring(torch.autograd.Function):
         value: Tensor,
         documents: RingDocuments | None,
         axis: Axis,
-        scale: float,
     ) -> Tensor:
         into = wide(query.dtype)
-        pair, pieces = torch.stack((key, value)), _Pieces(query, documents, axis, scale)
+        pair, pieces = torch.stack((key, value)), _Pieces(query, documents, axis)
         out, lse = query.new_empty(0, dtype=into), query.new_empty(0, dtype=into)
         for number in range(axis.size):
             coming = _Passing(pair, axis, _KEYS) if number < axis.size - 1 else None
@@ -186,16 +187,16 @@ class _Ring(torch.autograd.Function):
                     out, lse = more.to(into), more_lse.to(into)
             if coming is not None:
                 pair = coming.wait()
-        ctx.documents, ctx.axis, ctx.scale = documents, axis, scale
+        ctx.documents, ctx.axis = documents, axis
         whole = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, whole, lse)
         return whole
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, out, lse = ctx.saved_tensors
         axis: Axis = ctx.axis
-        pair, pieces = torch.stack((key, value)), _Pieces(query, ctx.documents, axis, ctx.scale)
+        pair, pieces = torch.stack((key, value)), _Pieces(query, ctx.documents, axis)
         grad_query = torch.zeros_like(query, dtype=wide(query.dtype))
         grad_pair, arriving = torch.zeros_like(pair, dtype=wide(query.dtype)), None
         for number in range(axis.size):
@@ -215,4 +216,4 @@ class _Ring(torch.autograd.Function):
             if coming is not None:
                 pair = coming.wait()
         grad_key, grad_value = (arriving.wait() if arriving is not None else grad_pair).to(key.dtype)
-        return grad_query.to(query.dtype), grad_key, grad_value, None, None, None
+        return grad_query.to(query.dtype), grad_key, grad_value, None, None

@@ -16,7 +16,6 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from dist_llm.config.checks import check
@@ -24,8 +23,9 @@ from dist_llm.config.model import ModelConfig
 from dist_llm.config.run import RunConfig
 from dist_llm.engine.native import NativeEngine
 from dist_llm.errors import ConfigError, Violation
-from dist_llm.models.attention import Attend, Attention
+from dist_llm.models.attention import Attention
 from dist_llm.models.transformer import Transformer
+from dist_llm.ops.causal_attention import CausalAttention
 from dist_llm.runtime.mesh import build_mesh
 from dist_llm.runtime.pool import WorkerPool
 from dist_llm.types import Batch
@@ -57,7 +57,7 @@ class _Watch:
             assert isinstance(attention, Attention)
             self._hook("attention", f"{name}.attention", attention)
             self._hook("mlp", f"{name}.mlp", layer.get_submodule("mlp"))
-            attention.attend = _Scores(attention.attend, self._taker("attention_logits", f"{name}.scores"))
+            attention.attend = _Scores(self._taker("attention_logits", f"{name}.scores"))
         self._hook("hidden", "hidden", layer)
 
     def take(self) -> Figures:
@@ -83,31 +83,20 @@ class _Watch:
         return take
 
 
-class _Scores:
+class _Scores(CausalAttention):
     """Attention that shows what its softmax is given."""
 
-    def __init__(self, inner: Attend, take: Callable[[Tensor], None]) -> None:
-        self._inner, self._take = inner, take
+    def __init__(self, take: Callable[[Tensor], None]) -> None:
+        self._take = take
 
-    def mask(self, documents: Int64[Tensor, "batch seq"]) -> Any:
-        """Return what confines attention to documents."""
-        return self._inner.mask(documents)
-
-    def __call__(
-        self,
-        query: Float[Tensor, "batch heads seq head"],
-        key: Float[Tensor, "batch groups seq head"],
-        value: Float[Tensor, "batch groups seq head"],
-        mask: Bool[Tensor, "batch 1 seq seq"] | None,
-        drop: float,
-    ) -> Float[Tensor, "batch heads seq head"]:
-        """Attend, as the attention inside does."""
+    def __call__(self, query: Tensor, key: Tensor, *rest: Any) -> Tensor:
+        """Attend, as attention does."""
         with torch.no_grad():
             keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
             scores = query @ keys.transpose(-1, -2) / math.sqrt(query.shape[-1])
             rows, columns = torch.tril_indices(*scores.shape[-2:]).unbind()
             self._take(scores[..., rows, columns])
-        return self._inner(query, key, value, mask, drop)
+        return super().__call__(query, key, *rest)
 
 
 def watch_training(config: RunConfig, steps: int) -> list[Figures]:

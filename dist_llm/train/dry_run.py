@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dist_llm.accounting.held import rank_stages
 from dist_llm.accounting.memory import place_of
-from dist_llm.accounting.most import gathered_bytes, gradient_bytes
 from dist_llm.accounting.params import num_parameters
+from dist_llm.accounting.peaks import gathered_bytes, gradient_bytes
 from dist_llm.accounting.schedules import Pipe
 from dist_llm.accounting.stages import StagePlan
 from dist_llm.accounting.traffic import Shapes, Traffic, step_traffic
