@@ -35,14 +35,19 @@ def layout_of(config: RunConfig, world_size: int, device: str) -> dict[str, obje
 
     However the config spells it: the data axis is derived, and what a layout does not use is left out.
     """
-    facts: dict[str, object] = dict(config.parallel.model_dump(mode="json"))
-    facts["data"] = world_size // config.parallel.model_ranks
-    if config.parallel.pipeline == 1:
-        del facts["schedule"]
-    if config.parallel.context == 1:
-        del facts["context_method"]
-    if config.parallel.context == 1 or config.parallel.context_method != "mixed":
-        del facts["context_heads"]
+    parallel = config.parallel
+    unused = {
+        "schedule": parallel.pipeline == 1,
+        "context_method": parallel.context == 1,
+        "context_heads": parallel.context == 1 or parallel.context_method != "mixed",
+        "recompute_operators": parallel.recompute != "selective",
+        "recompute_layers": parallel.recompute == "none",
+        "compile_backend": not parallel.compile,
+        "prefetch": True,  # when something is gathered, not what
+    }
+    settings = parallel.model_dump(mode="json")
+    facts: dict[str, object] = {name: value for name, value in settings.items() if not unused.get(name, False)}
+    facts.update(data=world_size // parallel.model_ranks, virtual_pipeline=parallel.chunks)
     facts.update(world_size=world_size, microbatch=config.data.microbatch, engine=config.engine.name)
     facts.update(device=device, compute=config.precision.compute, deterministic=config.run.deterministic)
     return facts
