@@ -85,20 +85,27 @@ class Shapes:
         return self.data.microbatch * self.data.seq_len // self.parallel.context
 
 
+def _one_graph(shapes: Shapes, layer: int) -> bool:
+    """Return whether a block is compiled in one piece: neither experts nor weight gradients that wait cut it."""
+    parallel = shapes.parallel
+    whole_linears = not (parallel.splits_backward or parallel.fused_accumulation)
+    return parallel.compile and whole_linears and not shapes.model.has_experts(layer)
+
+
 def _add_tensor(ledger: _Ledger, shapes: Shapes, stage: StagePlan) -> None:
     """Enter the tp collectives of a stage: Megatron's f and g around each region, and the vocabulary at both ends."""
     parallel, count, hidden = shapes.parallel, shapes.microbatches, shapes.hidden_bytes
     layers = len(stage.layers)
     # What selective recompute runs again lies between the two collectives of a region.
-    recomputed = len(parallel.recomputed_layers(stage.layers)) if parallel.recompute == "full" else 0
+    recomputed = parallel.recomputed_layers(stage.layers) if parallel.recompute == "full" else ()
     # Recompute stops at the last saved tensor: a block's final sum comes again only if something after it keeps one.
     model = shapes.model
-    # A compiled block saves all that it keeps at its end.
-    to_the_end = model.dropout > 0 or model.norm_placement == "post" or parallel.compile
-    sums_again = recomputed * (2 if to_the_end else 1)
+    to_the_end = model.dropout > 0 or model.norm_placement == "post"
+    # One compiled graph saves all that it keeps at its end.
+    sums_again = sum(2 if to_the_end or _one_graph(shapes, layer) else 1 for layer in recomputed)
     ends = int(stage.first) + int(stage.last)
     if parallel.sequence:
-        ledger.add("tp", "all_gather", count * (4 * layers + 2 * recomputed + ends), hidden)
+        ledger.add("tp", "all_gather", count * (4 * layers + 2 * len(recomputed) + ends), hidden)
         ledger.add("tp", "reduce_scatter", count * (4 * layers + sums_again + ends), hidden)
     else:
         ledger.add("tp", "all_reduce", count * (4 * layers + sums_again + ends), hidden)

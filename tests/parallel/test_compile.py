@@ -103,8 +103,20 @@ def issued_and_formula(config: RunConfig) -> dict[str, tuple[int, int]]:
     return {kind: (sum(seen.get(name, 0) for name in both), traffic.counts["tp", kind]) for kind, both in names.items()}
 
 
-def test_full_recompute_of_compiled_blocks_is_counted(pool: WorkerPool) -> None:
-    config = tiny_config({"tensor": 2, "sequence": True, "recompute": "full", **TRACED})
+@pytest.mark.parametrize(
+    ("parallel", "model", "precision"),
+    [
+        ({}, {}, "fp32"),
+        pytest.param({}, MOE, "fp32", marks=pytest.mark.slow),
+        pytest.param({"fused_accumulation": True, "zero": 1}, {}, "bf16", marks=pytest.mark.slow),
+    ],
+    ids=["dense", "experts", "fused accumulation"],
+)
+def test_full_recompute_of_compiled_blocks_is_counted(
+    pool: WorkerPool, parallel: dict[str, object], model: dict[str, object], precision: str
+) -> None:
+    layout = {"tensor": 2, "sequence": True, "recompute": "full", **TRACED, **parallel}
+    config = tiny_config(layout, model, precision={"name": precision})
     for counts in pool.run(fresh, issued_and_formula, config, world=2):
         for kind, (measured, formula) in counts.items():
             assert measured == formula, kind
