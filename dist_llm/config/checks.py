@@ -68,14 +68,19 @@ def mup_needs_base_width(config: RunConfig, world_size: int | None) -> Iterator[
                 yield Broken(f"model.mup.{name}", "needs model.mup.base_width, which turns muP on", (default,))
 
 
-@reads("model.mup.base_width", "model.mup.base_head_width", "model.hidden_size", "model.num_heads", "model.head_dim")
+@reads(
+    *(f"model.mup.{name}" for name in ("base_width", "base_head_width", "base_num_heads")),
+    *(f"model.{name}" for name in ("hidden_size", "num_heads", "head_dim")),
+)
 def base_heads_divide_base_width(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
-    """`model.mup.base_head_width` divides `model.mup.base_width`, unless `model.head_dim` is given.
+    """`model.mup.base_head_width` divides `model.mup.base_width`, unless heads are of their own width.
 
-    The base model has whole heads, as wide as this model's unless `model.mup.base_head_width` says otherwise.
+    The base model has whole heads, as wide as this model's unless `model.mup.base_head_width` says otherwise. With
+    `model.head_dim`, or `model.mup.base_num_heads`, they need not add up to the hidden size.
     """
     model, mup = config.model, config.model.mup
-    if mup.base_width is None or model.head_dim is not None or model.hidden_size % model.num_heads:
+    own = model.head_dim is not None or mup.base_num_heads is not None
+    if mup.base_width is None or own or model.hidden_size % model.num_heads:
         return
     if mup.base_width % (mup.base_head_width or model.head_width):
         as_here = f"means heads of {model.head_width}, as here; their width " if mup.base_head_width is None else ""

@@ -69,6 +69,8 @@ class MupConfig(Section):
     """hidden_size of the model on which settings were tuned, in elements; null: standard parametrisation."""
     base_head_width: Count | None = None
     """Width of that model's heads, in elements; null: as here (more width is more heads)."""
+    base_num_heads: Count | None = None
+    """Query heads of that model; null: all heads together are in proportion to hidden_size."""
     base_ffn_width: Count | None = None
     """Inner width of that model's feed-forward layers, in elements; null: in proportion to hidden_size."""
     base_expert_width: Count | None = None
@@ -133,6 +135,13 @@ class ModelConfig(Section):
     def width_ratio(self) -> float:
         """How many times wider than the base model this one is; 1 under the standard parametrisation."""
         return self.hidden_size / self.mup.base_width if self.mup.base_width is not None else 1.0
+
+    @property
+    def heads_ratio(self) -> float:
+        """The same of the width of all query heads together."""
+        base = self.mup.base_head_width if self.mup.base_head_width is not None else self.head_width
+        heads = self.mup.base_num_heads
+        return self._inner_ratio(self.num_heads * self.head_width, None if heads is None else heads * base)
 
     @property
     def ffn_ratio(self) -> float:

@@ -88,4 +88,6 @@ def _fan_in_ratio(config: ModelConfig, module: str) -> float:
         return 1.0
     if module.endswith((".experts.down", ".shared.down")):
         return config.expert_ratio
+    if module.endswith(".wo"):
+        return config.heads_ratio
     return config.ffn_ratio if module.endswith(".down") else config.width_ratio

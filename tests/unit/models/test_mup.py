@@ -79,7 +79,25 @@ def test_at_the_base_width_it_is_the_standard_parametrisation(model: str) -> Non
 
 def test_inner_widths_go_in_proportion_where_none_is_named() -> None:
     config = _config("experts", base_width=8)
-    assert (config.ffn_ratio, config.expert_ratio) == (4.0, 4.0)
+    assert (config.heads_ratio, config.ffn_ratio, config.expert_ratio) == (4.0, 4.0, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("model", "mup", "ratio"),
+    [
+        ({"head_dim": 8}, {"base_num_heads": 4}, 1),
+        ({"head_dim": 16}, {"base_num_heads": 4, "base_head_width": 8}, 2),
+        ({"head_dim": 16}, {"base_num_heads": 1, "base_head_width": 8}, 8),
+    ],
+)
+def test_heads_that_do_not_widen_with_the_model_leave_what_ends_attention(
+    model: dict[str, object], mup: dict[str, object], ratio: float
+) -> None:
+    """Four heads under twice the hidden size: wo's inputs are those of all heads together."""
+    config = ModelConfig.model_validate({**LLAMA, **model, "mup": {"base_width": 16, **mup}})
+    assert plan_rate(config, "layers.0.attention.wo.weight") == 1 / ratio
+    assert plan_init(config, "layers.0.attention.wo.weight").std == pytest.approx(0.02 / math.sqrt(ratio) / L)
+    assert plan_rate(config, "layers.0.attention.wq.weight") == 1 / 2
 
 
 def _logits(model: dict[str, object], **mup: object) -> tuple[Tensor, Transformer]:
