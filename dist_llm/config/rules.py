@@ -238,9 +238,11 @@ def tensor_divides_experts(config: RunConfig, world_size: int | None) -> Iterato
 def operators_do_not_overlap(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
     """`parallel.recompute_operators` names each operator once; not `activation` beside `mlp`, which it is inside."""
     listed = config.parallel.recompute_operators
+    if config.parallel.recompute != "selective":
+        return
     if len(set(listed)) < len(listed):
         yield Broken("parallel.recompute_operators", "must name each operator once", (tuple(dict.fromkeys(listed)),))
-    if config.parallel.recompute == "selective" and "mlp" in listed and "activation" in listed:
+    if "mlp" in listed and "activation" in listed:
         ways = tuple(tuple(name for name in listed if name != left_out) for left_out in ("activation", "mlp"))
         yield Broken("parallel.recompute_operators", "must not name both mlp and the activation inside it", ways)
 

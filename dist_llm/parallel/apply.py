@@ -78,12 +78,29 @@ class SplitStage:
 def apply_layout(
     model: SplittableModel, stages: list[StagePlan], parallel: ParallelConfig, formats: Formats, mesh: Mesh
 ) -> list[SplitStage]:
-    """Build, split and fill this rank's stages of the model. Issues no collective."""
+    """Build, split and fill this rank's stages of the model. Issues no collective.
+
+    Raises ValueError where a setting would do nothing; the rules of config/rules.py refuse the same with more to say.
+    """
+    _refuse_what_would_do_nothing(parallel, formats)
     return [
         _split_stage(model, stage, parallel, formats, mesh)
         for stage in stages
         if stage_rank(stage.index, mesh.pp.size, parallel.schedule) == mesh.pp.index
     ]
+
+
+def _refuse_what_would_do_nothing(parallel: ParallelConfig, formats: Formats) -> None:
+    if parallel.async_tensor and not parallel.sequence:
+        raise ValueError("without sequence parallelism there is no gather or scatter to multiply beside")
+    if parallel.async_tensor and parallel.compile:
+        raise ValueError("a compiled graph does not hold the outputs that asynchronous linears hand over")
+    if parallel.recompute == "none" and parallel.recompute_layers is not None:
+        raise ValueError("of layers that are recomputed there are none")
+    if parallel.offload == "parameters" and parallel.zero == 0:
+        raise ValueError("without ZeRO there are no shards to keep in host memory")
+    if parallel.fused_accumulation and (parallel.zero >= 2 or formats.compute == formats.master):
+        raise ValueError("there is no sum of whole gradients in a wider format to add to")
 
 
 def _split_stage(

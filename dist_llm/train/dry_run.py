@@ -99,10 +99,12 @@ def build_ranks(config: RunConfig, ranks: int, report: Callable[[str], None]) ->
 
 def build_rank(config: RunConfig, ranks: int, pipeline_index: int) -> list[StageFacts]:
     """Build the first rank of a pipeline index on a fake group, run its stages and one update; return its stages."""
-    # Compiled code does not run on tensors without values: activations are those of blocks that are not compiled.
-    parallel = config.parallel.model_copy(update={"compile": False})
+    # Compiled code does not run on tensors without values, and needs no compiler then: activations are those of blocks
+    # that are not compiled.
+    parallel = config.parallel.model_copy(update={"compile_backend": "aot_eager"})
     config = config.model_copy(update={"parallel": parallel})
-    with fake_group(ranks, pipeline_index * (ranks // parallel.pipeline)):
+    as_written = torch.compiler.set_stance("force_eager")
+    with fake_group(ranks, pipeline_index * (ranks // parallel.pipeline)), as_written:
         mesh = build_mesh(parallel, torch.device("cpu"))
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         engine = NativeEngine(config, mesh, _without_values(splittable(config.model, config.run.seed), mode))

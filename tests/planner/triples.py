@@ -36,7 +36,8 @@ def _any(random: Random) -> tuple[RunConfig, int]:
         "global_batch": random.choice((4, 8, 8, 16, 16, 12)),
         "microbatch": random.choice((1, 1, 2)),
     }
-    config = tiny_config(parallel, _model(random), data)
+    precision = {"name": random.choice(("fp32", "fp32", "bf16", "fp16", "fp64"))}
+    config = tiny_config(parallel, _model(random), data, precision=precision)
     cluster = config.cluster.model_copy(update={"name": random.choice(CLUSTERS)})
     return config.model_copy(update={"cluster": cluster}), ranks
 
@@ -49,6 +50,8 @@ def _model(random: Random) -> dict[str, object]:
         model["ffn_hidden_size"] = 60
     if random.random() < 0.1:
         model["attention_dropout"] = 0.1
+    if random.random() < 0.1:
+        model["mup"] = {"base_width": 16, "base_num_heads": random.choice((None, 2))}
     return model
 
 
@@ -72,4 +75,21 @@ def _layout(random: Random) -> dict[str, object]:
         "replicate": random.choice((1, 1, 1, 1, 2)),
         "recompute": random.choice(("none", "none", "full", "selective")),
     }
-    return layout
+    return layout | _options(random)
+
+
+def _options(random: Random) -> dict[str, object]:
+    """Return some of the settings that most layouts leave alone."""
+    operators = ("core_attn", "norm", "activation", "mlp")
+    options: dict[str, object] = {
+        "offload": random.choice(("optimizer", "parameters")),
+        "recompute_operators": random.choices(operators, k=random.choice((1, 2, 3))),
+        "recompute_layers": random.choice((1, 2)),
+        "async_tensor": True,
+        "compile": True,
+        "fused_accumulation": True,
+        "unit_blocks": random.choice((2, 3)),
+        "prefetch": random.choice((0, 2)),
+        "bucket_mib": 1,
+    }
+    return {name: value for name, value in options.items() if random.random() < 0.2}
