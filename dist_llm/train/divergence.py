@@ -33,9 +33,9 @@ Run = Callable[[Case, int, int], list[Trace]]
 """(case, steps, the step to look at) to the traces of its ranks."""
 
 AXES: dict[str, tuple[str, ...]] = {
-    "recompute": ("recompute",),
+    "recompute": ("recompute", "recompute_operators", "recompute_layers"),
     "ep": ("expert",),
-    "cp": ("context", "context_method"),
+    "cp": ("context", "context_method", "context_heads"),
     "dp": ("data", "replicate"),
     "pp": ("pipeline", "virtual_pipeline", "schedule"),
     "tp": ("tensor", "sequence"),
