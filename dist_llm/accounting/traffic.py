@@ -6,7 +6,8 @@ input of a reduce-scatter or an all-to-all, the tensor of a send. h = microbatch
     tp    a layer: 4 all-reduces of h, or under sequence parallelism 4 all-gathers and 4 reduce-scatters of h
     zero  by stage and unit, see parallel/zero.py          pp    h (h / tp) forward and back between stages
     cp    a layer: see docs/context.md; T is a context rank's share
-    ep    a layer of experts: see parallel/expert.py; a rank's bytes depend on the tokens, their mean over ep is this
+    ep    a layer of experts: see parallel/expert.py; a rank's bytes depend on the tokens, their mean over ep is this,
+          and less where model.moe.capacity_factor drops rows
 """
 
 from __future__ import annotations
@@ -180,17 +181,22 @@ def _bucket_payloads(sizes: list[int], bucket_bytes: int) -> list[int]:
     return buckets
 
 
-def _add_finish(ledger: _Ledger, shapes: Shapes, stages: list[StagePlan], fsdp: bool) -> None:
-    """Enter what completes the gradients after the last backward, and the totals over the world."""
+def _add_replicas(ledger: _Ledger, shapes: Shapes, stage: StagePlan) -> None:
+    """Enter the buckets in which a stage's gradients are summed over replicas without FSDP2."""
+    parallel, tensors = shapes.parallel, stage_tensors(shapes.model, shapes.parallel, stage)
+    for axis, experts in (("zero", False), ("expert_zero" if parallel.expert > 1 else "zero", True)):
+        alike = [t for t in reversed(tensors) if t.expert == experts]
+        if alike and shapes.replicas(alike[0]) > 1:
+            sizes = [t.numel * shapes.master_bytes for t in alike]
+            for payload in _bucket_payloads(sizes, parallel.bucket_mib << 20):
+                ledger.add(axis, "all_reduce", 1, payload)
+
+
+def _add_finish(ledger: _Ledger, shapes: Shapes, stages: list[StagePlan]) -> None:
+    """Enter what completes the gradients of a rank after its last backward, and the totals over the world."""
     parallel, place = shapes.parallel, shapes.place
     by_stage = [stage_tensors(shapes.model, parallel, stage) for stage in stages]
     bucket = parallel.bucket_mib << 20
-    for tensors in by_stage if not fsdp else ():
-        for axis, experts in (("zero", False), ("expert_zero" if parallel.expert > 1 else "zero", True)):
-            alike = [t for t in reversed(tensors) if t.expert == experts]
-            if alike and shapes.replicas(alike[0]) > 1:
-                for payload in _bucket_payloads([t.numel * shapes.master_bytes for t in alike], bucket):
-                    ledger.add(axis, "all_reduce", 1, payload)
     if parallel.tensor > 1:
         partial = [place.real_numel(t) * shapes.master_bytes for tensors in by_stage for t in tensors if t.partial]
         for payload in _bucket_payloads(partial, bucket):
@@ -213,23 +219,26 @@ def _edges(stage: StagePlan) -> list[int]:
     return [index for index in (stage.index - 1, stage.index) if 0 <= index < stage.count - 1]
 
 
-def step_traffic(shapes: Shapes) -> Traffic:
-    """Return the collectives of one training step of one rank."""
+def step_traffic(shapes: Shapes, only: StagePlan | None = None) -> Traffic:
+    """Return the collectives of one training step of one rank, or of only one of its stages.
+
+    What a rank issues once for all of its stages counts with the first.
+    """
     ledger = _Ledger()
     parallel = shapes.parallel
     fsdp = uses_fsdp(parallel, shapes.precision, shapes.place.shards)
     stages = rank_stages(shapes.model, parallel, shapes.place.pipeline_index)
     crossing = shapes.hidden_bytes // (parallel.tensor if parallel.sequence else 1)
-    for stage in stages:
+    for stage in stages if only is None else [only]:
         if parallel.tensor > 1:
             _add_tensor(ledger, shapes, stage)
         if parallel.context > 1:
             _add_context(ledger, shapes, stage)
         _add_expert(ledger, shapes, stage)
-        if fsdp:
-            _add_zero(ledger, shapes, stage)
+        (_add_zero if fsdp else _add_replicas)(ledger, shapes, stage)
         if parallel.pipeline > 1:
             sends = sum(crosses(index, parallel.pipeline, parallel.schedule) for index in _edges(stage))
             ledger.add("pp", "send", sends * shapes.microbatches, crossing)
-    _add_finish(ledger, shapes, stages, fsdp)
+    if only in (None, stages[0]):
+        _add_finish(ledger, shapes, stages)
     return Traffic(dict(ledger.counts), dict(ledger.bytes))

@@ -23,7 +23,8 @@ holds the most:
   optimizer_bytes        AdamW's two moments
   host_bytes             what parallel.offload keeps in host memory instead, gradients' buffers too
   peak_activation_bytes  everything else, at most: what the backward needs, what is being computed, receive buffers
-  traffic                collectives of a step by axis and kind, as `count` and `payload_bytes`
+  traffic                collectives of a step by axis and kind, as `count` and `payload_bytes`; of several stages on
+                         a rank, the first has what the rank issues once for all of them
 
 Ranks are parallel.data x pipeline x context x tensor where parallel.data is set, else --ranks, else those of the
 launcher. Without data.global_batch a step has data ranks x data.microbatch x parallel.pipeline sequences.
@@ -44,7 +45,7 @@ def dry_run(arguments: argparse.Namespace) -> Answer:
     """Build the config's run on a fake process group and report by stage and pipeline rank."""
     composed = compose_arguments(arguments)
     ranks = _ranks(composed, arguments.ranks)
-    says_batch = any(word.startswith(_BATCH_WORDS) for word in arguments.overrides)
+    says_batch = any(word.lstrip("+").startswith(_BATCH_WORDS) for word in arguments.overrides)
     if not says_batch and arguments.config_file is None:
         _take_batch(composed, ranks)
     config = load_config(composed, ranks)

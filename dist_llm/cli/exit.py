@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 
 from dist_llm.cli.parse import Answer
@@ -60,8 +60,21 @@ def execute(run: Callable[[argparse.Namespace], Answer], arguments: argparse.Nam
         return report_error(error, arguments.speaker, arguments.debug, arguments.as_json)
     text = answer.text
     if arguments.as_json:
-        text = json.dumps(dict(answer.data or {"ok": answer.code == ExitCode.DONE}), indent=2, allow_nan=False)
+        text = _json(answer.data or {"ok": answer.code == ExitCode.DONE})
     return say_on_stdout(text, int(answer.code), arguments.speaker)
+
+
+def _json(facts: Mapping[str, object]) -> str:
+    """Return facts as JSON, a row of a list on a line: there may be many, and Python indents slowly."""
+    lines = []
+    for name, value in facts.items():
+        text = json.dumps(value, indent=2, allow_nan=False) if not isinstance(value, list) else _rows(value)
+        lines.append(f"{json.dumps(name)}: {text}".replace("\n", "\n  "))
+    return "{\n  " + ",\n  ".join(lines) + "\n}"
+
+
+def _rows(rows: list[object]) -> str:
+    return "[\n  " + ",\n  ".join(json.dumps(row, allow_nan=False) for row in rows) + "\n]" if rows else "[]"
 
 
 def report_error(error: Exception, speaker: str, debug: bool, as_json: bool) -> int:

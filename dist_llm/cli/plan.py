@@ -52,30 +52,37 @@ def layouts(arguments: argparse.Namespace) -> Answer:
         "ranks": ranks,
         "legal": verdict.legal,
         "violations": [vars(violation) | {"legal": list(violation.legal)} for violation in verdict.violations],
+        "elsewhere": [violation.key for violation in verdict.elsewhere],
         "nearest": list(verdict.nearest),
         "layouts": found,
     }
     lines = [f"ranks: {ranks}", f"the config's layout is {'legal' if verdict.legal else 'not legal'}"]
     lines += [f"  {violation}" for violation in verdict.violations]
     lines += [f"  near: {_overrides(layout)}" for layout in verdict.nearest]
+    lines += [f"  no layout mends {violation.key}" for violation in verdict.elsewhere]
     if arguments.schedule_trace is not None and verdict.legal:
         data["schedule"] = _trace(config, ranks, arguments.schedule_trace)
         lines.append(f"schedule drawn: {arguments.schedule_trace}")
-    lines += [f"{len(found)} legal layouts:", *(f"  {_overrides(layout)}" for layout in found)]
+    lines += [f"{len(found)} legal layouts:"]
+    lines += [] if arguments.as_json else [f"  {_overrides(layout)}" for layout in found]
     return Answer("\n".join(lines), data, ExitCode.DONE if verdict.legal else ExitCode.CONFIG)
 
 
 def _overrides(layout: Mapping[str, object]) -> str:
     """Return a layout as a user types it; what is 1, off or without effect is left out."""
-    shown = {"tensor", "context", "context_heads", "pipeline", "data", "expert", "replicate", "virtual_pipeline"}
-    words = [f"parallel.{name}={value}" for name, value in layout.items() if name in shown and value != 1]
+    from dist_llm.config.wording import shown
+    from dist_llm.planner.layouts import SETTINGS
+
+    sizes = {"tensor", "context", "context_heads", "pipeline", "data", "expert", "replicate", "virtual_pipeline"}
+    words = [f"parallel.{name}={value}" for name, value in layout.items() if name in sizes and value != 1]
     if layout["sequence"]:
         words.append("parallel.sequence=true")
     if layout["context"] != 1:
         words.append(f"parallel.context_method={layout['context_method']}")
     if layout["pipeline"] != 1:
         words.append(f"parallel.schedule={layout['schedule']}")
-    return " ".join([*words, f"parallel.zero={layout['zero']}"])
+    mended = [f"parallel.{name}={shown(value)}" for name, value in layout.items() if name not in SETTINGS]
+    return " ".join([*words, f"parallel.zero={layout['zero']}", *mended])
 
 
 def _trace(config: RunConfig, ranks: int, path: Path) -> dict[str, object]:

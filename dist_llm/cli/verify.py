@@ -13,7 +13,8 @@ _CASES = """\
 The layout that the config asks for is compared first, then those of a fixed list that the model permits: every axis,
 schedule and ZeRO stage, each pair of them that is legal, and mixes of up to 16 ranks; or the 16 that tell most. A
 layout's name begins with the model that it trains:
-  as-given                  the model of the config (attention dropout taken as 0, experts as dropless)
+  as-given                  the model of the config (attention dropout taken as 0, experts as dropless,
+                            fused accumulation as false but in bf16)
   untied, odd-vocabulary    it with embedding and head untied, or with a vocabulary that 2 does not divide
   gpt2, gpt2-untied         it in GPT-2's layout (learned positions, LayerNorm, GELU, biases, dropout 0.1)
   experts                   it with 4 experts a layer and a shared one: softmax, balance and z losses, moving biases

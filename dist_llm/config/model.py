@@ -177,6 +177,11 @@ class ModelConfig(Section):
         """Inner width of one expert in elements."""
         return self.moe.ffn_hidden_size if self.moe.ffn_hidden_size is not None else self.ffn_hidden_size
 
+    @property
+    def num_expert_layers(self) -> int:
+        """Layers that have experts."""
+        return max(0, self.num_layers - self.moe.num_dense_layers) if self.moe.num_experts else 0
+
     def has_experts(self, layer: int) -> bool:
         """Return whether a layer has experts."""
         return self.moe.num_experts > 0 and layer >= self.moe.num_dense_layers

@@ -50,15 +50,21 @@ def multiples(unit: int, near: int, count: int = 8) -> tuple[int, ...]:
     return tuple(unit * k for k in range(max(1, middle - count), middle + count + 1))
 
 
-@reads("parallel.tensor", "model.num_heads", "model.num_kv_heads", "model.ffn_hidden_size")
+_SPLIT = ("num_heads", "num_kv_heads", "ffn_hidden_size")
+_EXPERT_KEYS = ("model.num_layers", "model.moe.num_experts", "model.moe.num_dense_layers")
+
+
+@reads("parallel.tensor", *(f"model.{name}" for name in _SPLIT), "model.moe.ffn_hidden_size", *_EXPERT_KEYS)
 def tensor_divides_model(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
     """`parallel.tensor` divides `model.num_heads`, `model.num_kv_heads` and `model.ffn_hidden_size`.
 
-    Each tensor rank holds whole heads, whole key-value heads and an equal slice of the feed-forward layer. The
-    vocabulary need not divide: it is padded, and the padding is never predicted.
+    Each tensor rank holds whole heads, whole key-value heads and an equal slice of the feed-forward layer, if any layer
+    has one. The vocabulary need not divide: it is padded, and the padding is never predicted.
     """
     tensor, model = config.parallel.tensor, config.model
-    sizes = {"model.num_heads": model.num_heads, "model.ffn_hidden_size": model.ffn_hidden_size}
+    sizes = {"model.num_heads": model.num_heads}
+    if model.num_expert_layers < model.num_layers or model.moe.ffn_hidden_size is None:
+        sizes["model.ffn_hidden_size"] = model.ffn_hidden_size
     if model.num_kv_heads is not None:
         sizes["model.num_kv_heads"] = model.num_kv_heads
     broken = [f"{key}={size}" for key, size in sorted(sizes.items(), key=_heads_first) if size % tensor]
@@ -69,7 +75,7 @@ def tensor_divides_model(config: RunConfig, world_size: int | None) -> Iterator[
 
 def _heads_first(item: tuple[str, int]) -> int:
     """Order the sizes that tensor parallelism splits as a person names them."""
-    return ("model.num_heads", "model.num_kv_heads", "model.ffn_hidden_size").index(item[0])
+    return _SPLIT.index(item[0].removeprefix("model."))
 
 
 @reads("parallel.tensor", "parallel.sequence", "parallel.context", "data.seq_len", "model.max_seq_len")
@@ -205,13 +211,15 @@ def context_without_attention_dropout(config: RunConfig, world_size: int | None)
         yield Broken("model.attention_dropout", "must be 0 with parallel.context above 1", (0.0,))
 
 
-@reads("parallel.expert", "model.moe.num_experts")
+@reads("parallel.expert", *_EXPERT_KEYS)
 def expert_divides_experts(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
     """`parallel.expert` divides `model.moe.num_experts`: each of its ranks holds whole experts, equally many."""
-    ranks, experts = config.parallel.expert, config.model.moe.num_experts
-    if ranks > 1 and (experts == 0 or experts % ranks):
-        words = f"must divide model.moe.num_experts={experts}" if experts else "must be 1 without model.moe.num_experts"
-        yield Broken("parallel.expert", words, divisors(experts) if experts else (1,))
+    ranks, model, experts = config.parallel.expert, config.model, config.model.moe.num_experts
+    if ranks > 1 and not model.num_expert_layers:
+        missing = "without model.moe.num_experts" if not experts else "where all layers are model.moe.num_dense_layers"
+        yield Broken("parallel.expert", f"must be 1 {missing}", (1,))
+    elif experts % ranks:
+        yield Broken("parallel.expert", f"must divide model.moe.num_experts={experts}", divisors(experts))
 
 
 @reads(*_DATA_KEYS, "parallel.expert", "parallel.replicate", "parallel.zero")
@@ -226,11 +234,11 @@ def expert_divides_shards(config: RunConfig, world_size: int | None) -> Iterator
         yield Broken("parallel.expert", words, divisors(shards))
 
 
-@reads("parallel.tensor", "model.moe.num_experts", "model.moe.ffn_hidden_size")
+@reads("parallel.tensor", "model.moe.ffn_hidden_size", *_EXPERT_KEYS)
 def tensor_divides_experts(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
     """`parallel.tensor` divides `model.moe.ffn_hidden_size`: each tensor rank holds a slice of every expert."""
     width = config.model.moe.ffn_hidden_size
-    if config.model.moe.num_experts and width is not None and width % config.parallel.tensor:
+    if config.model.num_expert_layers and width is not None and width % config.parallel.tensor:
         yield Broken("parallel.tensor", f"must divide model.moe.ffn_hidden_size={width}", divisors(width))
 
 

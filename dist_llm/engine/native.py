@@ -97,7 +97,7 @@ class NativeEngine:
         data, parallel = self._config.data, self._config.parallel
         if data.global_batch % (self._mesh.dp.size * data.microbatch):
             raise ValueError("the global batch must be whole microbatches on each data rank")
-        if parallel.expert > 1 and not self._config.model.moe.num_experts:
+        if parallel.expert > 1 and not self._config.model.num_expert_layers:
             raise ValueError("expert ranks need experts")
         if self._mesh.pp.size == 1 and len(stages) > 1:
             raise ValueError("one pipeline rank runs one stage")

@@ -4,18 +4,21 @@
     expert; zero and replicate
 
 Settings are chosen in that order, and a rule is asked as soon as all that it reads is chosen, so a wrong split is left
-before its schedules are tried. Of chunks those that cut all stages alike are tried.
+before its schedules are tried. Other settings of `parallel` stay as the config has them; one that breaks a rule is
+mended first, and is then part of every layout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from heapq import nsmallest
+from typing import Any
 
-from dist_llm.config.checks import check
+from dist_llm.config.checks import RULES, check
 from dist_llm.config.parallel import V_SCHEDULES, ParallelConfig
 from dist_llm.config.rule import RANKS, Rule
-from dist_llm.config.rules import LAYOUT_RULES, divisors
+from dist_llm.config.rules import divisors
 from dist_llm.config.run import RunConfig
 from dist_llm.errors import Violation
 
@@ -32,10 +35,14 @@ _ORDER: tuple[tuple[str, ...], ...] = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a config's own layout is legal, every rule that it breaks, and the legal layouts nearest to it."""
+    """Whether a config's own layout is legal, every rule that it breaks, and the legal layouts nearest to it.
+
+    elsewhere: of the broken rules those that no layout mends.
+    """
 
     violations: tuple[Violation, ...]
     nearest: tuple[Choice, ...]
+    elsewhere: tuple[Violation, ...] = ()
 
     @property
     def legal(self) -> bool:
@@ -46,18 +53,13 @@ class Verdict:
 def legal_layouts(config: RunConfig, ranks: int) -> list[Choice]:
     """Return every legal layout of the config's model and batch on `ranks` ranks, as settings of `parallel`.
 
-    What no layout can mend, a rule on other settings alone, is left to `judge_layout`.
+    None where a rule is broken that no layout mends.
     """
-    found: list[Choice] = []
-    chosen: set[str] = set()
-    asked: list[list[Rule]] = []
-    for names in _ORDER:
-        chosen.update(names)
-        before = [rule for rules in asked for rule in rules]
-        asked.append([rule for rule in LAYOUT_RULES if rule not in before and _reads_only(rule, chosen)])
-    rest = [rule for rule in LAYOUT_RULES if not any(rule in rules for rules in asked)]
-    asked[-1].extend(rule for rule in rest if any(f"parallel.{name}" in rule.keys for name in _NAMES))
-    _extend(_Judge(config, ranks), asked, {}, found)
+    mended = _mended(config, ranks)
+    search = _Search(_with_parallel(config, mended), ranks)
+    found: list[Choice] = [mended]
+    for depth in range(len(_ORDER)):
+        found = [{**choice, **more} for choice in found for more in search.completions(depth, choice)]
     return found
 
 
@@ -66,51 +68,79 @@ def judge_layout(config: RunConfig, ranks: int, layouts: Sequence[Choice], most:
     violations = tuple(check(config, ranks))
     own = {**config.parallel.model_dump(), "virtual_pipeline": config.parallel.chunks}
 
-    def distance(layout: Choice) -> tuple[int, float]:
-        changed = [name for name, value in layout.items() if own[name] != value and name != "data"]
-        sizes = [name for name in ("tensor", "context", "pipeline") if name in changed]
-        return len(changed), sum(abs(float(str(layout[name])) - float(own[name])) for name in sizes)
+    sizes = ("tensor", "context", "pipeline")
 
-    nearest = sorted(layouts, key=distance)[:most] if violations else []
-    return Verdict(violations, tuple(nearest))
+    def distance(layout: Any) -> tuple[int, int]:
+        changed = sum(own[name] != layout[name] for name in SETTINGS if name != "data")
+        return changed, sum(abs(layout[name] - own[name]) for name in sizes)
 
-
-def _reads_only(rule: Rule, chosen: set[str]) -> bool:
-    keys = [key.removeprefix("parallel.") for key in rule.keys if key.startswith("parallel.")]
-    return all(key in chosen for key in keys) and bool(keys or RANKS in rule.keys)
+    nearest = nsmallest(most, layouts, key=distance) if violations else []
+    elsewhere = () if layouts else tuple(_elsewhere(config, ranks, violations))
+    return Verdict(violations, tuple(nearest), elsewhere)
 
 
-class _Judge:
-    """Whether a rule holds for a choice, asked once for all choices that agree in what the rule reads."""
+def _mended(config: RunConfig, ranks: int) -> Choice:
+    """Return the settings of `parallel` beside those that are chosen here which break a rule, as they may be."""
+    mended: Choice = {}
+    while True:
+        slips = [slip for rule in RULES for slip in rule(_with_parallel(config, mended), ranks) if slip.candidates]
+        more = {slip.key.removeprefix("parallel."): slip.candidates[0] for slip in reversed(slips)}
+        more = {name: value for name, value in more.items() if name in _OTHERS and name not in mended}
+        if not more:
+            return mended
+        mended |= more
+
+
+def _elsewhere(config: RunConfig, ranks: int, violations: Sequence[Violation]) -> Iterator[Violation]:
+    """Yield the violations of rules that read no setting of a layout."""
+    chosen = {RANKS, *(f"parallel.{name}" for name in SETTINGS)}
+    fixed = [rule for rule in RULES if not chosen & {*rule.keys}]
+    keys = {slip.key for rule in fixed for slip in rule(config, ranks)}
+    yield from (violation for violation in violations if violation.key in keys)
+
+
+def _with_parallel(config: RunConfig, choice: Choice) -> RunConfig:
+    """Return the config with some settings of its layout changed."""
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update=choice)})
+
+
+class _Search:
+    """Asks each rule once for all choices that agree in what it reads, as soon as all of that is chosen."""
 
     def __init__(self, config: RunConfig, ranks: int) -> None:
-        self.config, self.ranks = config, ranks
-        self._known: dict[tuple[object, ...], bool] = {}
-        self._reads = {rule.name: [name for name in _NAMES if f"parallel.{name}" in rule.keys] for rule in LAYOUT_RULES}
+        self._config, self._ranks = config, ranks
+        self._reads = {rule.name: [name for name in SETTINGS if f"parallel.{name}" in rule.keys] for rule in RULES}
+        self._holds: dict[tuple[object, ...], bool] = {}
+        self._found: dict[tuple[object, ...], list[Choice]] = {}
+        # What reads nothing that is chosen here is asked at once: it holds for all layouts or for none.
+        self._asked: list[list[Rule]] = [[] for _ in _ORDER]
+        for rule in RULES:
+            reads = [depth for depth, names in enumerate(_ORDER) if {*names} & {*self._reads[rule.name]}]
+            self._asked[max(reads, default=0)].append(rule)
 
-    def holds(self, rule: Rule, choice: Choice) -> bool:
-        """Return whether the rule holds for a choice of all that it reads."""
-        key = (rule.name, *[choice[name] for name in self._reads[rule.name]])
-        if key not in self._known:
-            parallel = self.config.parallel.model_copy(update={**_PLAIN, **choice})
-            self._known[key] = not rule(self.config.model_copy(update={"parallel": parallel}), self.ranks)
-        return self._known[key]
+    def completions(self, depth: int, choice: Choice) -> list[Choice]:
+        """Return the settings of a group of `_ORDER` that a choice of the groups before may have."""
+        read = {*_OPTIONS[depth][1]}.union(*(self._reads[rule.name] for rule in self._asked[depth]))
+        key = (depth, *[value for name, value in choice.items() if name in read])
+        if key not in self._found:
+            options = _OPTIONS[depth][0](self._config, self._ranks, choice)
+            self._found[key] = [more for more in options if self._is_legal(depth, {**_PLAIN, **choice, **more})]
+        return self._found[key]
+
+    def _is_legal(self, depth: int, choice: Choice) -> bool:
+        for rule in self._asked[depth]:
+            key = (rule.name, *[choice[name] for name in self._reads[rule.name]])
+            if key not in self._holds:
+                self._holds[key] = not rule(_with_parallel(self._config, choice), self._ranks)
+            if not self._holds[key]:
+                return False
+        return True
 
 
-def _extend(judge: _Judge, asked: list[list[Rule]], choice: Choice, found: list[Choice]) -> None:
-    """Add every legal completion of a choice."""
-    depth = sum(names[0] in choice for names in _ORDER)
-    if depth == len(_ORDER):
-        found.append(choice)
-        return
-    for more in _OPTIONS[depth](judge.config, judge.ranks, choice):
-        wider = {**choice, **more}
-        if all(judge.holds(rule, wider) for rule in asked[depth]):
-            _extend(judge, asked, wider, found)
-
-
-_NAMES = tuple(name for names in _ORDER for name in names)
-_PLAIN: Choice = {name: getattr(ParallelConfig(), name) for name in _NAMES[4:]}
+SETTINGS = tuple(name for names in _ORDER for name in names)
+"""The settings that are chosen here."""
+_OTHERS = frozenset(ParallelConfig.model_fields) - frozenset(SETTINGS)
+_PLAIN: Choice = {name: getattr(ParallelConfig(), name) for name in SETTINGS if name not in _ORDER[0]}
 
 
 def _splits(config: RunConfig, ranks: int, choice: Choice) -> Iterator[Choice]:
@@ -126,10 +156,9 @@ def _schedules(config: RunConfig, ranks: int, choice: Choice) -> Iterator[Choice
     if pipeline == 1:
         yield {"schedule": "1f1b", "virtual_pipeline": 1}
         return
-    chunks = divisors(max(1, config.model.num_layers // pipeline))
     for schedule in ("gpipe", "1f1b"):
         yield {"schedule": schedule, "virtual_pipeline": 1}
-    for number in chunks:
+    for number in range(1, config.model.num_layers // pipeline + 1):
         if number > 1:
             yield {"schedule": "interleaved", "virtual_pipeline": number}
         yield {"schedule": "zero_bubble", "virtual_pipeline": number}
@@ -160,4 +189,10 @@ def _shards(config: RunConfig, ranks: int, choice: Choice) -> Iterator[Choice]:
             yield {"zero": zero, "replicate": replicate}
 
 
-_OPTIONS = (_splits, _schedules, _regions, _shards)
+_OPTIONS: tuple[tuple[Callable[[RunConfig, int, Choice], Iterator[Choice]], tuple[str, ...]], ...] = (
+    (_splits, ()),
+    (_schedules, ("pipeline",)),
+    (_regions, ("tensor", "context")),
+    (_shards, ("data",)),
+)
+"""What each group may be, and what that reads of the groups before."""

@@ -185,7 +185,7 @@ def _describe(
     parallel, model, precision = config.parallel, config.model, config.precision
     data = ranks // parallel.model_ranks
     place, replicas = place_of(parallel, data, pipeline_index, 0), data * parallel.context
-    traffic = _traffic_row(step_traffic(Shapes(model, parallel, precision, config.data, place, data)))
+    shapes = Shapes(model, parallel, precision, config.data, place, data)
     order = pipe.order(pipeline_index)
     stages = rank_stages(model, parallel, pipeline_index)
     rows: dict[int, dict[str, object]] = {}
@@ -210,7 +210,7 @@ def _describe(
             **sizes,
             "peak_activation_bytes": peak,
             "microbatch": microbatch,
-            "traffic": traffic,
+            "traffic": _traffic_row(step_traffic(shapes, stage)),
         }
     memories = {stage.index: facts.activations for stage, facts in zip(stages, built, strict=True)}
     peak = most_activations(pipe, order, memories)
@@ -220,7 +220,7 @@ def _describe(
         **total,
         "peak_activation_bytes": peak,
         "peak_bytes": sum(total.values()) - total["host_bytes"] + peak,
-        "traffic": traffic,
+        "traffic": _traffic_row(step_traffic(shapes)),
     }, rows
 
 

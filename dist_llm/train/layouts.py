@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from dist_llm.config.model import ModelConfig
 from dist_llm.config.parallel import ParallelConfig
 from dist_llm.config.run import RunConfig
+from dist_llm.config.training import PrecisionConfig
 
 _DEFAULTS = ParallelConfig().model_dump()
 
@@ -97,6 +98,12 @@ def misfit(config: RunConfig, case: Case) -> str | None:
     return f"data.global_batch={batch} {rule}; use {-(-batch // pieces) * pieces}"
 
 
+def is_mixed(precision: str) -> bool:
+    """Return whether activations have a narrower format than weights."""
+    formats = PrecisionConfig.model_validate({"name": precision})
+    return formats.compute != formats.master
+
+
 def case_config(config: RunConfig, case: Case, precision: str) -> RunConfig:
     """Return the run of a case that fits: the given one with the variant's model, the case's layout and microbatch."""
     tree = config.model_dump()
@@ -105,6 +112,8 @@ def case_config(config: RunConfig, case: Case, precision: str) -> RunConfig:
     tree["model"]["attention_dropout"] = 0.0
     tree["model"]["moe"]["capacity_factor"] = None
     tree["parallel"] = {"zero": 1, **case.parallel, "data": data}
+    if not is_mixed(precision):
+        tree["parallel"]["fused_accumulation"] = False
     tree["data"]["microbatch"] = config.data.global_batch // (data * case.accumulation)
     tree["precision"] = {"name": precision}
     tree["launcher"]["nproc"] = case.ranks

@@ -13,7 +13,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from dist_llm.config.checks import check
-from dist_llm.config.model import ModelConfig
 from dist_llm.config.run import RunConfig
 from dist_llm.data.prepare import prepare
 from dist_llm.data.tokenizer import Tokenizer
@@ -22,7 +21,7 @@ from dist_llm.runtime.pool import WorkerPool
 from dist_llm.train.compare import BOUNDS, Difference, compare
 from dist_llm.train.divergence import first_divergence
 from dist_llm.train.layout_cases import CASES
-from dist_llm.train.layouts import Case, baseline, case_config, given, misfit, variant_model
+from dist_llm.train.layouts import Case, baseline, case_config, given, is_mixed, misfit, variant_model
 from dist_llm.train.trace import Trace, train_case
 
 MOST_TRACED = 5
@@ -46,11 +45,13 @@ def verify_layout(
 
     precision: fp32, fp64 or bf16. chosen: `quick` or `all` cases. layouts: `all` of these, or text that the name of a
     case, quick or not, must contain. The facts are JSON-able; `ok` is true when every difference is within its bound.
+    Raises ConfigError, before anything is started, where the config's own layout is not legal or none can be tried.
     """
     cases = choose(config, layouts, chosen)
+    _require_legal(config, cases, precision)
     prepared = prepare(config.data, config.tokenizer, config.model.vocab_size, report)
     source = (prepared.prefix, Tokenizer.load(prepared.tokenizer_path).eos_id)
-    excluded = excluded_settings(config.model)
+    excluded = excluded_settings(config, precision)
     for setting, why in excluded.items():
         report(f"{setting} {why}")
     with WorkerPool(max((case.ranks for case in cases), default=1), timeout_seconds=300.0) as pool:
@@ -96,6 +97,18 @@ def _compare_all(
     return rows, refused
 
 
+def _require_legal(config: RunConfig, cases: list[Case], precision: str) -> None:
+    """Raise ConfigError where the config's own layout breaks a rule on its ranks, or no case can be tried."""
+    own = given(config)
+    violations = check(config, own.ranks) if own in cases else []
+    if violations:
+        raise ConfigError(violations)
+    reasons = {case.name: refusal(config, case, precision) for case in cases}
+    if all(reasons.values()):
+        name, reason = next(iter(reasons.items()))
+        raise ConfigError([Violation("--layouts", name, f"cannot be tried: {reason}")])
+
+
 def refusal(config: RunConfig, case: Case, precision: str) -> str:
     """Return why a case cannot be tried; "" where it can."""
     return misfit(config, case) or "; ".join(
@@ -103,9 +116,11 @@ def refusal(config: RunConfig, case: Case, precision: str) -> str:
     )
 
 
-def excluded_settings(model: ModelConfig) -> dict[str, str]:
-    """Return the settings of the model that the promise of equal layouts leaves out, and what was done about them."""
-    excluded = {}
+def excluded_settings(config: RunConfig, precision: str) -> dict[str, str]:
+    """Return the settings that a comparison of layouts leaves out, and what was done about them."""
+    model, excluded = config.model, {}
+    if config.parallel.fused_accumulation and not is_mixed(precision):
+        excluded["parallel.fused_accumulation"] = f"taken as false: it has nothing to widen in {precision}"
     if model.attention_dropout > 0:
         why = "its masks are drawn inside fused attention, differently on each layout"
         excluded["model.attention_dropout"] = f"{model.attention_dropout:g} taken as 0: {why}"

@@ -12,6 +12,7 @@ from dist_llm.config.run import RunConfig
 from tests.parallel.tiny import GPT2, MOE, SIGMOID_MOE, tiny_config
 
 MODELS: tuple[dict[str, object], ...] = ({}, {"tie_embeddings": False}, GPT2, MOE, SIGMOID_MOE)
+MOE_DEFAULTS: dict[str, object] = {"num_experts": 4, "top_k": 2, "num_shared": 1}
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev")
 CLUSTERS = ("cpu", "l40s", "h100-sxm")
 
@@ -48,6 +49,9 @@ def _model(random: Random) -> dict[str, object]:
         model |= {"num_heads": 6, "hidden_size": 48, "num_kv_heads": random.choice((None, 2, 3))}
     if random.random() < 0.2:
         model["ffn_hidden_size"] = 60
+    if "moe" in model and random.random() < 0.3:
+        kinds = {"num_dense_layers": random.choice((0, 2, 4)), "ffn_hidden_size": random.choice((None, 20, 30))}
+        model |= {"moe": {**MOE_DEFAULTS, **kinds}, "ffn_hidden_size": random.choice((50, 64))}
     if random.random() < 0.1:
         model["attention_dropout"] = 0.1
     if random.random() < 0.1:

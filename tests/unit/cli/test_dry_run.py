@@ -37,8 +37,9 @@ def test_the_batch_fills_the_pipeline_and_shards_are_exact(capsys: pytest.Captur
         assert stage["traffic"]["tp"]["all_gather"]["count"] > 0
 
 
-def test_a_batch_that_is_said_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
-    assert _dry_run(capsys, "parallel.data=2", "data.global_batch=12")["microbatches"] == 6
+@pytest.mark.parametrize("prefix", ["", "+", "++"])
+def test_a_batch_that_is_said_is_taken(capsys: pytest.CaptureFixture[str], prefix: str) -> None:
+    assert _dry_run(capsys, "parallel.data=2", f"{prefix}data.global_batch=12")["microbatches"] == 6
 
 
 def test_recompute_holds_less_and_a_wider_vocabulary_more(capsys: pytest.CaptureFixture[str]) -> None:

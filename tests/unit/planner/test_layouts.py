@@ -24,14 +24,13 @@ def with_layout(config: RunConfig, layout: Choice) -> RunConfig:
 def every_layout(config: RunConfig, ranks: int) -> list[Choice]:
     """Return the legal ones of all combinations, each checked by itself."""
     found = []
-    chunks = {1, 2, *divisors(config.model.num_layers)}
     options = {
         "tensor": divisors(ranks),
         "context": divisors(ranks),
         "pipeline": divisors(ranks),
         "data": divisors(ranks),
         "schedule": ("gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev"),
-        "virtual_pipeline": sorted(chunks),
+        "virtual_pipeline": range(1, config.model.num_layers + 1),
         "sequence": (False, True),
         "context_method": ("ring", "ulysses", "mixed"),
         "context_heads": divisors(ranks),
@@ -59,7 +58,16 @@ def every_layout(config: RunConfig, ranks: int) -> list[Choice]:
     return found
 
 
-@pytest.mark.parametrize(("ranks", "model"), [(1, {}), (2, MOE), (4, {}), (4, {"num_kv_heads": None})])
+MODELS: list[tuple[int, dict[str, object]]] = [
+    (1, {}),
+    (2, MOE),
+    (2, {"num_layers": 7}),
+    (4, {}),
+    (4, {"num_kv_heads": None}),
+]
+
+
+@pytest.mark.parametrize(("ranks", "model"), MODELS)
 def test_it_lists_what_the_rules_allow(ranks: int, model: dict[str, object]) -> None:
     config = tiny_config({}, model)
     ours = [tuple(sorted(layout.items())) for layout in legal_layouts(config, ranks)]
@@ -81,6 +89,38 @@ def test_what_is_wrong_is_named_with_legal_layouts_near_it() -> None:
     assert [layout["schedule"] for layout in verdict.nearest[:2]] == ["zbv", "zbv"]
     fine = tiny_config({"tensor": 2})
     assert judge_layout(fine, 2, legal_layouts(fine, 2)).legal
+
+
+BROKEN: list[dict[str, object]] = [
+    {"recompute_layers": 1},
+    {"recompute": "selective", "recompute_operators": ["mlp", "activation"]},
+    {"offload": "parameters", "zero": 0},
+    {"fused_accumulation": True, "zero": 3},
+    {"async_tensor": True, "compile": True, "sequence": True, "tensor": 2},
+    {"async_tensor": True, "recompute_layers": 2, "tensor": 3},
+]
+
+
+@pytest.mark.parametrize("parallel", BROKEN, ids=str)
+def test_settings_beside_a_layout_are_mended_too(parallel: dict[str, object]) -> None:
+    config = tiny_config(parallel)
+    found = legal_layouts(config, 4)
+    verdict = judge_layout(config, 4, found)
+    assert not verdict.legal
+    assert verdict.elsewhere == ()
+    assert len(verdict.nearest) == 3
+    assert all(check(with_layout(config, layout), 4) == [] for layout in found)
+    near = with_layout(config, verdict.nearest[0]).parallel
+    assert (near.zero, near.pipeline) == (config.parallel.zero, config.parallel.pipeline)
+
+
+def test_what_no_layout_mends_is_said() -> None:
+    config = tiny_config({}, None, {"seq_len": 4096})
+    found = legal_layouts(config, 2)
+    verdict = judge_layout(config, 2, found)
+    assert found == []
+    assert verdict.nearest == ()
+    assert [violation.key for violation in verdict.elsewhere] == ["data.seq_len"]
 
 
 def test_many_ranks_cost_no_search_of_all_products() -> None:

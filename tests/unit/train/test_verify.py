@@ -11,11 +11,12 @@ import pytest
 from dist_llm.config.run import RunConfig
 from dist_llm.errors import ConfigError
 from dist_llm.runtime.pool import WorkerPool
+from dist_llm.train import verify
 from dist_llm.train.compare import compare
 from dist_llm.train.layout_cases import CASES
 from dist_llm.train.layouts import Case, baseline, case_config, given, misfit
 from dist_llm.train.trace import KeyBias, Look, Trace
-from dist_llm.train.verify import choose, excluded_settings
+from dist_llm.train.verify import choose, excluded_settings, refusal, verify_layout
 from tests.parallel.tiny import GPT2, build, random_batch, tiny_config
 
 CASE = Case("as-given", {"data": 2}, 2, 1)
@@ -104,6 +105,34 @@ def test_a_layout_of_many_ranks_is_not_tried_on_one_machine() -> None:
     assert "64 ranks" in str(misfit(config, given(config)))
 
 
+@pytest.mark.parametrize(
+    ("parallel", "ranks", "key"),
+    [({"tensor": 2, "pipeline": 2}, 6, "ranks"), ({"tensor": 2, "data": 3}, 6, "data.global_batch")],
+)
+def test_a_layout_that_cannot_be_is_refused_before_anything_starts(
+    parallel: dict[str, object], ranks: int, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "prepare", None)
+    with pytest.raises(ConfigError) as caught:
+        verify_layout(tiny_config(parallel, launcher={"nproc": ranks}))
+    assert key in {violation.key for violation in caught.value.violations}
+
+
+def test_a_choice_of_layouts_that_cannot_be_tried_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "prepare", None)
+    with pytest.raises(ConfigError, match="cannot be tried"):
+        verify_layout(tiny_config(model={"num_layers": 1}), layouts="as-given ranks=2 pipeline=2")
+
+
+def test_fused_accumulation_is_compared_where_it_exists() -> None:
+    config = tiny_config({"fused_accumulation": True}, precision={"name": "bf16"}, launcher={"nproc": 2})
+    assert not case_config(config, given(config), "fp32").parallel.fused_accumulation
+    assert case_config(config, given(config), "bf16").parallel.fused_accumulation
+    assert excluded_settings(config, "fp32").keys() == {"parallel.fused_accumulation"}
+    assert excluded_settings(config, "bf16") == {}
+    assert not refusal(config, given(config), "fp32")
+
+
 def test_a_text_in_no_name_is_a_mistake() -> None:
     with pytest.raises(ConfigError, match="--layouts=typo"):
         choose(tiny_config(), "typo")
@@ -132,17 +161,17 @@ def test_a_batch_that_cannot_be_cut_is_named_with_the_next_that_can() -> None:
 
 
 def test_attention_dropout_is_named_as_left_out() -> None:
-    assert excluded_settings(tiny_config().model) == {}
-    said = excluded_settings(tiny_config(model={"attention_dropout": 0.2}).model)
+    assert excluded_settings(tiny_config(), "fp32") == {}
+    said = excluded_settings(tiny_config(model={"attention_dropout": 0.2}), "fp32")
     assert said["model.attention_dropout"].startswith("0.2 taken as 0")
 
 
 def test_capacity_is_named_as_left_out_and_taken_as_dropless() -> None:
     dropping = tiny_config(model={"moe": {"num_experts": 4, "capacity_factor": 1.25}})
-    said = excluded_settings(dropping.model)
+    said = excluded_settings(dropping, "fp32")
     assert said["model.moe.capacity_factor"].startswith("1.25 taken as null (dropless): which rows")
     assert case_config(dropping, CASE, "fp32").model.moe.capacity_factor is None
-    assert excluded_settings(tiny_config(model={"moe": {"capacity_factor": 1.25}}).model) == {}
+    assert excluded_settings(tiny_config(model={"moe": {"capacity_factor": 1.25}}), "fp32") == {}
 
 
 def test_a_quick_choice_is_a_few_and_a_text_searches_all() -> None:
