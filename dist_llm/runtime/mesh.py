@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from dist_llm.config.parallel import V_SCHEDULES, ParallelConfig
 
@@ -142,12 +143,16 @@ def _expert_axes(meshes: list[DeviceMesh], without: ExpertAxes) -> ExpertAxes:
     return ExpertAxes(_axis(cut, "ep"), _axis(whole, "expert_zero"), replicate, shard, zero_mesh)
 
 
+_set_timeout: Any = getattr(distributed_c10d, "set_timeout", None) or distributed_c10d._set_pg_timeout
+"""Public from torch 2.15 on."""
+
+
 def _limit(mesh: DeviceMesh, timeout: timedelta) -> None:
     """Set the timeout of a mesh's groups: DeviceMesh has none of its own, and torch's are 30 (gloo) or 10 minutes."""
     if dist.get_backend() == "fake":
         return
     for group in mesh.get_all_groups():
-        _set_pg_timeout(timeout, group)
+        _set_timeout(timeout, group)
 
 
 def _data_ranks(parallel: ParallelConfig, world: int) -> int:

@@ -59,17 +59,12 @@ def transfers_of_a_step(config: RunConfig) -> list[tuple[str, int]]:
     return events
 
 
-def last(events: list[tuple[str, int]], what: str) -> int:
-    """Return where something happens for the last time."""
-    return max(at for at, (kind, _) in enumerate(events) if kind == what)
-
-
-def ahead(events: list[tuple[str, int]]) -> int:
-    """Return how many receives have a computation between their beginning and whoever waits for them."""
-    began = {number: at for at, (kind, number) in enumerate(events) if kind == "receive"}
-    ended = {number: at for at, (kind, number) in enumerate(events) if kind == "wait to receive"}
+def beside(events: list[tuple[str, int]], what: str) -> tuple[int, int]:
+    """Return how many sends or receives have a computation between their beginning and the wait, and how many are."""
+    began = {number: at for at, (kind, number) in enumerate(events) if kind == what}
+    ended = {number: at for at, (kind, number) in enumerate(events) if kind == f"wait to {what}"}
     assert began.keys() == ended.keys()
-    return sum(any(kind == "compute" for kind, _ in events[began[n] : ended[n]]) for n in began)
+    return sum(any(kind == "compute" for kind, _ in events[began[n] : ended[n]]) for n in began), len(began)
 
 
 @pytest.mark.parametrize("schedule", ["interleaved", "zero_bubble", "zbv", "dualpipev"])
@@ -77,8 +72,12 @@ def test_stages_compute_while_hidden_states_travel(pool: WorkerPool, schedule: s
     parallel = {"pipeline": 2, "schedule": schedule, "virtual_pipeline": 2 if schedule == "interleaved" else 1}
     config = tiny_config({"zero": 0, **parallel}, {"tie_embeddings": False})
     for events in pool.run(transfers_of_a_step, config, world=2):
-        assert last(events, "compute") < min(at for at, (kind, _) in enumerate(events) if kind == "wait to send")
-        assert ahead(events) >= 1
+        sent, sends = beside(events, "send")
+        received, receives = beside(events, "receive")
+        # What is sent last of all has nothing to travel beside; before torch 2.15 all others wait for the end.
+        assert sent >= sends - 2 > 0
+        assert received >= 1
+        assert receives > 0
 
 
 def test_one_forward_one_backward_waits_only_where_it_depends(pool: WorkerPool) -> None:
