@@ -111,7 +111,7 @@ def _of_another(mask: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
-class _Home:
+class Home:
     """A journey that was never made."""
 
     def wait(self) -> None:
@@ -123,7 +123,7 @@ def _averaged(begin_sum: Callable[..., Any], flat: Tensor, axis: Any) -> Any:
 
 
 def _but_experts(begin_sum: Callable[..., Any], flat: Tensor, axis: Any) -> Any:
-    return _Home() if axis.name == "expert_zero" else begin_sum(flat, axis)
+    return Home() if axis.name == "expert_zero" else begin_sum(flat, axis)
 
 
 def _but_counts(all_reduce: Callable[..., Any]) -> Callable[..., Any]:
@@ -184,7 +184,7 @@ PATCHES: dict[str, Callable[[], list[Any]]] = {
     "tp all-reduce dropped": lambda: [patch.object(collectives, "all_reduce_sum", lambda x, axis: x.clone())],
     "gradient all-reduce dropped": lambda: [
         patch.object(native, "reduce_in_buckets", _dropped),
-        patch.object(replicas, "begin_sum", lambda flat, axis: _Home()),
+        patch.object(replicas, "begin_sum", lambda flat, axis: Home()),
     ],
     "gradient scaled by ranks": lambda: [patch.object(replicas, "begin_sum", partial(_averaged, replicas.begin_sum))],
     "bucket sent before the last backward": lambda: [patch.object(ReplicaSum, "expect", _too_early(ReplicaSum.expect))],

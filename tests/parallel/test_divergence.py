@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
+from torch import Tensor
 
 from dist_llm.config.run import RunConfig
+from dist_llm.engine.native import NativeEngine
+from dist_llm.parallel import replicas
+from dist_llm.runtime.mesh import Axis
 from dist_llm.runtime.pool import WorkerPool
 from dist_llm.train.compare import compare
 from dist_llm.train.divergence import first_divergence
@@ -15,7 +21,7 @@ from dist_llm.train.layouts import Case, baseline, case_config
 from dist_llm.train.trace import Trace, train_case
 from dist_llm.train.verify import refusal
 from tests.golden.curves import EOS, write_tokens
-from tests.parallel.faults import FAULTS, Fault, planted
+from tests.parallel.faults import FAULTS, Fault, Home, planted
 from tests.parallel.tiny import tiny_config
 
 EXPECTED: dict[str, tuple[str, str, str]] = {
@@ -134,19 +140,18 @@ def test_a_mix_is_taken_apart(pool: WorkerPool, prefix: Path) -> None:
 
 def late_case(config: RunConfig, prefix: Path, steps: int, look: int) -> Trace:
     """Train with a gradient all-reduce that is dropped from the third step on."""
-    from dist_llm.engine.native import NativeEngine
+    finish, begin_sum = NativeEngine.finish_gradients, replicas.begin_sum
+    finished: list[NativeEngine] = []
 
-    kept = NativeEngine.finish_gradients
+    def count(engine: NativeEngine) -> None:
+        finish(engine)
+        finished.append(engine)
 
-    def finish(engine: NativeEngine) -> None:
-        if engine._step < 2:
-            kept(engine)
+    def begin(flat: Tensor, axis: Axis) -> Any:
+        return Home() if len(finished) >= 2 else begin_sum(flat, axis)
 
-    NativeEngine.finish_gradients = finish  # type: ignore[method-assign]
-    try:
+    with patch.object(NativeEngine, "finish_gradients", count), patch.object(replicas, "begin_sum", begin):
         return train_case(config, prefix, EOS, steps, look)
-    finally:
-        NativeEngine.finish_gradients = kept  # type: ignore[method-assign]
 
 
 def test_the_first_step_is_found(pool: WorkerPool, prefix: Path) -> None:
