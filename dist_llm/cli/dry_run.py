@@ -97,6 +97,8 @@ def _text(data: Mapping[str, object]) -> str:
     lines = [
         f"{data['num_params']:,} parameters on {data['ranks']:,} ranks, global batch {data['global_batch']:,}, "
         f"{data['microbatches']} microbatches a rank",
+        f"microbatches of {data['microbatch']} x {data['seq_len']} tokens, {data['precision']}, ZeRO {data['zero']}, "
+        f"schedule {data['schedule']}, recompute {data['recompute']}",
         "GiB on a rank of each pipeline index; its peak is their sum",
         f"{'rank':>4}  {'stages':<12}"
         + "".join(f"{name.replace('_', ' '):>16}" for name in _COLUMNS)

@@ -14,9 +14,13 @@ from dist_llm.errors import ConfigError, ExitCode, StorageError, Violation
 if TYPE_CHECKING:
     from dist_llm.config.run import RunConfig
 
+MOST_LISTED = 20
+"""Layouts that are printed as text unless all are asked for."""
+
 _LAYOUTS = """\
 The config's own layout is judged first: every rule that it breaks, and the legal layouts nearest to it. Then all legal
-layouts of its model and batch on so many ranks follow. `dist-llm config rules` prints the rules.
+layouts of its model and batch on so many ranks follow: as text the 20 nearest to the config's own, or with --all every
+one; --json has every one. `dist-llm config rules` prints the rules.
 --schedule-trace draws the pipeline schedule that the config asks for: when each rank works, how long it idles, and how
 many microbatches it holds. A forward and each half of a backward are taken as equally long. What ranks exchange is
 proven to match and to end."""
@@ -27,24 +31,25 @@ def add_layouts_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _LAYOUTS
     add_config(parser)
     parser.add_argument("--ranks", type=int, metavar="N", help="ranks (default: launcher.nproc x launcher.nodes)")
+    parser.add_argument("--all", action="store_true", help="print every legal layout, not only the nearest")
     parser.add_argument("--schedule-trace", type=Path, metavar="FILE", help="draw the pipeline schedule as FILE (PNG)")
     add_json(parser)
 
 
 def layouts(arguments: argparse.Namespace) -> Answer:
     """Judge the config's layout, list all legal ones, and draw its schedule."""
+    from dist_llm.config.checks import check
     from dist_llm.config.decode import decode_partly
-    from dist_llm.planner.layouts import judge_layout, legal_layouts
+    from dist_llm.planner.layouts import judge_layout, legal_layouts, nearest_layouts
 
     composed = compose_arguments(arguments)
     decoded = decode_partly(composed.tree)
-    problems = [*composed.violations, *decoded.violations]
-    if problems:
-        raise ConfigError(problems)
     config = decoded.config
     ranks = config.launcher.nproc * config.launcher.nodes if arguments.ranks is None else arguments.ranks
     if not 1 <= ranks <= 2**20:
         raise ConfigError([Violation("--ranks", ranks, "must be from 1 to 1048576")])
+    if problems := [*composed.violations, *decoded.violations]:
+        raise ConfigError([*problems, *check(config, ranks, decoded.unusable | composed.unusable)])
     found = legal_layouts(config, ranks)
     verdict = judge_layout(config, ranks, found)
     data: dict[str, object] = {
@@ -63,8 +68,11 @@ def layouts(arguments: argparse.Namespace) -> Answer:
     if arguments.schedule_trace is not None and verdict.legal:
         data["schedule"] = _trace(config, ranks, arguments.schedule_trace)
         lines.append(f"schedule drawn: {arguments.schedule_trace}")
-    lines += [f"{len(found)} legal layouts:"]
-    lines += [] if arguments.as_json else [f"  {_overrides(layout)}" for layout in found]
+    elif arguments.schedule_trace is not None:
+        lines.append("no schedule drawn: the layout is not legal")
+    listed = [] if arguments.as_json else found if arguments.all else nearest_layouts(config, found, MOST_LISTED)
+    shown = "" if len(listed) == len(found) else f", the {len(listed)} nearest (--all prints every one)"
+    lines += [f"{len(found)} legal layouts{shown}:", *(f"  {_overrides(layout)}" for layout in listed)]
     return Answer("\n".join(lines), data, ExitCode.DONE if verdict.legal else ExitCode.CONFIG)
 
 

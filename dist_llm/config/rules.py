@@ -362,7 +362,8 @@ def batch_splits_evenly(config: RunConfig, world_size: int | None) -> Iterator[B
     if batch % share:
         ranks = f" x {data} data ranks = {share}" if data is not None and data > 1 else ""
         words = f"must be a multiple of data.microbatch={microbatch}{ranks}"
-        yield Broken("data.global_batch", words, multiples(share, batch))
+        filling = tuple(share * config.parallel.pipeline * times for times in (1, 2, 3, 4))
+        yield Broken("data.global_batch", words, (*multiples(share, batch), *filling))
 
 
 LAYOUT_RULES: tuple[Rule, ...] = (

@@ -66,17 +66,27 @@ def legal_layouts(config: RunConfig, ranks: int) -> list[Choice]:
 def judge_layout(config: RunConfig, ranks: int, layouts: Sequence[Choice], most: int = 3) -> Verdict:
     """Return the verdict on the config's own layout; `layouts` are the legal ones."""
     violations = tuple(check(config, ranks))
-    own = {**config.parallel.model_dump(), "virtual_pipeline": config.parallel.chunks}
-
-    sizes = ("tensor", "context", "pipeline")
-
-    def distance(layout: Any) -> tuple[int, int]:
-        changed = sum(own[name] != layout[name] for name in SETTINGS if name != "data")
-        return changed, sum(abs(layout[name] - own[name]) for name in sizes)
-
-    nearest = nsmallest(most, layouts, key=distance) if violations else []
     elsewhere = () if layouts else tuple(_elsewhere(config, ranks, violations))
-    return Verdict(violations, tuple(nearest), elsewhere)
+    return Verdict(violations, tuple(nearest_layouts(config, layouts, most)) if violations else (), elsewhere)
+
+
+def nearest_layouts(config: RunConfig, layouts: Sequence[Choice], most: int) -> list[Choice]:
+    """Return up to `most` layouts that change the fewest settings of the config's own, kinds last and sizes least."""
+    own = {**config.parallel.model_dump(), "virtual_pipeline": config.parallel.chunks}
+    kinds, sizes = (
+        ("schedule", "context_method"),
+        ("tensor", "context", "pipeline", "virtual_pipeline", "context_heads"),
+    )
+
+    def distance(layout: Any) -> tuple[int, int, int]:
+        changed = [name for name in SETTINGS if name != "data" and own[name] != layout[name]]
+        return (
+            len(changed),
+            sum(name in changed for name in kinds),
+            sum(abs(layout[name] - own[name]) for name in sizes),
+        )
+
+    return nsmallest(most, layouts, key=distance)
 
 
 def _mended(config: RunConfig, ranks: int) -> Choice:

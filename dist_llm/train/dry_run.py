@@ -68,6 +68,12 @@ def dry_run(config: RunConfig, ranks: int, report: Callable[[str], None] = lambd
         "ranks": ranks,
         "microbatches": pipe.microbatches,
         "global_batch": config.data.global_batch,
+        "microbatch": config.data.microbatch,
+        "seq_len": config.data.seq_len,
+        "precision": config.precision.name,
+        "zero": config.parallel.zero,
+        "schedule": config.parallel.schedule,
+        "recompute": config.parallel.recompute,
         "stages": [by_stage[stage] for stage in sorted(by_stage)],
         "pipeline_ranks": by_rank,
     }

@@ -141,7 +141,7 @@ def choose(config: RunConfig, layouts: str, chosen: str = "all") -> list[Case]:
         return [case for case in cases if chosen == "all" or case.quick or case is own]
     named = [case for case in cases if layouts in case.name]
     if not named:
-        rule = "is in the name of no layout; names are such as"
+        rule = "is in the name of no layout"
         raise ConfigError([Violation("--layouts", layouts, rule, tuple(case.name for case in cases[:3]))])
     return named
 

@@ -242,5 +242,13 @@ def test_plan_layouts_judges_lists_and_draws(tmp_path: Path, capsys: pytest.Capt
     assert not answer["ok"]
     assert [violation["key"] for violation in answer["violations"]] == ["parallel.tensor", "data.seq_len", "ranks"]
     assert len(answer["nearest"]) == 3
+    assert main(["plan", "layouts", "parallel.tensor=3", "parallel.zero=5", "--ranks", "8"]) == ExitCode.CONFIG
+    errors = capsys.readouterr().err
+    assert all(key in errors for key in ("parallel.tensor=3", "parallel.zero=5", "ranks=8"))
+    words = ["plan", "layouts", "model=llama-tiny", "--ranks", "4"]
+    assert [main(words), main([*words, "--all"])] == [ExitCode.DONE, ExitCode.DONE]
+    few, every = capsys.readouterr().out.split("ranks: 4\n")[1:]
+    assert "the 20 nearest" in few
+    assert len(few.splitlines()) < len(every.splitlines()) > 100
     assert main(["plan", "layouts", "--ranks", "0"]) == ExitCode.CONFIG
     assert main(["plan", "layouts", "--ranks", "1", "--schedule-trace", str(picture)]) == ExitCode.CONFIG

@@ -114,6 +114,12 @@ def test_settings_beside_a_layout_are_mended_too(parallel: dict[str, object]) ->
     assert (near.zero, near.pipeline) == (config.parallel.zero, config.parallel.pipeline)
 
 
+def test_what_is_near_keeps_the_schedule_that_was_asked_for() -> None:
+    config = tiny_config({"pipeline": 2, "schedule": "interleaved"})
+    nearest = judge_layout(config, 2, legal_layouts(config, 2)).nearest
+    assert [(layout["schedule"], layout["virtual_pipeline"]) for layout in nearest[:1]] == [("interleaved", 2)]
+
+
 def test_what_no_layout_mends_is_said() -> None:
     config = tiny_config({}, None, {"seq_len": 4096})
     found = legal_layouts(config, 2)
