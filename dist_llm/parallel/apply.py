@@ -97,6 +97,9 @@ def _refuse_what_would_do_nothing(parallel: ParallelConfig, formats: Formats) ->
         raise ValueError("a compiled graph does not hold the outputs that asynchronous linears hand over")
     if parallel.recompute == "none" and parallel.recompute_layers is not None:
         raise ValueError("of layers that are recomputed there are none")
+    listed = parallel.recompute_operators
+    if parallel.recompute == "selective" and len(set(listed)) < len(listed):
+        raise ValueError("an operator that is named twice is recomputed once")
     if parallel.offload == "parameters" and parallel.zero == 0:
         raise ValueError("without ZeRO there are no shards to keep in host memory")
     if parallel.fused_accumulation and (parallel.zero >= 2 or formats.compute == formats.master):
