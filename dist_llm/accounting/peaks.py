@@ -2,7 +2,8 @@
 
     zero      gradients                                             gathered parameters
     none      P W, and a bucket on its way where there are replicas  0
-    0, 1      P W with more than one microbatch, else as zero 2     P C
+    0, 1      P W, and a unit in C where C < W, with more than one  P C
+              microbatch, else as zero 2
     2, 3      S W and one whole unit in W, on its way               P C; under 3 what is at work and gathered ahead
 
 P, S, W, C as in memory.py; `none`: without FSDP (nothing to shard or cast). Offloaded shards count as host memory.

@@ -73,18 +73,13 @@ def judge_layout(config: RunConfig, ranks: int, layouts: Sequence[Choice], most:
 def nearest_layouts(config: RunConfig, layouts: Sequence[Choice], most: int) -> list[Choice]:
     """Return up to `most` layouts that change the fewest settings of the config's own, kinds last and sizes least."""
     own = {**config.parallel.model_dump(), "virtual_pipeline": config.parallel.chunks}
-    kinds, sizes = (
-        ("schedule", "context_method"),
-        ("tensor", "context", "pipeline", "virtual_pipeline", "context_heads"),
-    )
+    kinds = ("schedule", "context_method")
+    sizes = ("tensor", "context", "pipeline", "virtual_pipeline", "context_heads")
 
     def distance(layout: Any) -> tuple[int, int, int]:
         changed = [name for name in SETTINGS if name != "data" and own[name] != layout[name]]
-        return (
-            len(changed),
-            sum(name in changed for name in kinds),
-            sum(abs(layout[name] - own[name]) for name in sizes),
-        )
+        apart = sum(abs(layout[name] - own[name]) for name in sizes)
+        return len(changed), sum(name in changed for name in kinds), apart
 
     return nsmallest(most, layouts, key=distance)
 
