@@ -63,9 +63,10 @@ full: setup lint types imports ## everything: ci and the tests marked slow
 docs: setup ## build docs/_build, check its links and run the code that it shows
 	@$(BIN)/python docs/build.py
 
-bench: setup ## time answers that train nothing, and training steps over layouts
+bench: setup ## time answers that train nothing and training steps over layouts, and measure how long pipelines idle
 	@$(BIN)/python benchmarks/start.py
 	@$(BIN)/python benchmarks/step.py
+	@$(BIN)/python benchmarks/bubble.py
 
 golden: setup ## regenerate the golden curves and collectives of tests (review the diff)
 	@$(BIN)/python tests/golden/regenerate.py

@@ -2,8 +2,8 @@
 
     zero      gradients                                             gathered parameters
     none      P W, and a bucket on its way where there are replicas  0
-    0, 1      P W, and a unit in C where C < W, with more than one  P C
-              microbatch, else as zero 2
+    0, 1      P W with more than one microbatch, else as zero 2;    P C
+              before torch 2.15 a unit in C beside it where C < W
     2, 3      S W and one whole unit in W, on its way               P C; under 3 what is at work and gathered ahead
 
 P, S, W, C as in memory.py; `none`: without FSDP (nothing to shard or cast). Offloaded shards count as host memory.
@@ -16,6 +16,7 @@ from dist_llm.accounting.memory import FORMAT_BYTES, Place, uses_fsdp
 from dist_llm.accounting.stages import StagePlan
 from dist_llm.config.model import ModelConfig
 from dist_llm.config.parallel import ParallelConfig
+from dist_llm.config.run import RunConfig
 from dist_llm.config.training import PrecisionConfig
 
 
@@ -24,15 +25,14 @@ def _numel(unit: Unit) -> int:
 
 
 def gradient_bytes(
-    model: ModelConfig,
-    parallel: ParallelConfig,
-    precision: PrecisionConfig,
-    place: Place,
-    stage: StagePlan,
-    replicas: int,
-    microbatches: int,
+    config: RunConfig, place: Place, stage: StagePlan, replicas: int, microbatches: int, sums_in_place: bool
 ) -> int:
-    """Return the most bytes of gradients of a stage, reduced or not; `replicas`: ranks of data x context."""
+    """Return the most bytes of gradients of a stage, reduced or not.
+
+    replicas: ranks of data x context. sums_in_place: whether a backward adds to the sums of its unit at once (torch
+    2.15) rather than all together when the unit is done.
+    """
+    model, parallel, precision = config.model, config.parallel, config.precision
     compute, master = FORMAT_BYTES[precision.compute], FORMAT_BYTES[precision.master]
     units = stage_units(model, parallel, stage)
     whole = sum(_numel(unit) for unit in units)
@@ -41,8 +41,8 @@ def gradient_bytes(
         bucket = min(whole * master, max(parallel.bucket_mib << 20, largest))
         return whole * master + (bucket if replicas > 1 else 0)
     if parallel.zero < 2 and microbatches > 1:
-        # One unit's gradients in the compute format, on their way into the sums.
-        return whole * master + (max(_numel(unit) for unit in units) * compute if compute < master else 0)
+        narrow = 0 if sums_in_place or compute >= master else max(_numel(unit) for unit in units) * compute
+        return whole * master + narrow
     here = parallel.offload != "parameters"
     shards = sum(place.shard_numel(tensor) for unit in units for tensor in unit) if here else 0
     return (shards + max(_numel(unit) + _beside(unit, units) for unit in units)) * master

@@ -55,8 +55,11 @@ class WeightGradients:
 
 
 def accumulate(parameter: Tensor, gradient: Tensor) -> None:
-    """Add a gradient to its parameter's `grad`, or let it be that."""
-    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+    """Add a gradient to its parameter's `grad`, or let it be that, in the format in which the parameter keeps it."""
+    if parameter.grad is None:
+        parameter.grad = gradient.to(parameter.grad_dtype or gradient.dtype)
+    else:
+        parameter.grad.add_(gradient)
 
 
 def leave_or_give(

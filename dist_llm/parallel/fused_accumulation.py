@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from dist_llm.parallel.split_backward import param_groups
+from dist_llm.parallel.whole_gradients import begin_sum, param_groups, sum_so_far
 
 
 class GradientTotals:
@@ -31,10 +31,11 @@ class GradientTotals:
         if weight not in self._records:
             self._find()
         group, record = self._records[weight]
-        if record.unsharded_accumulated_grad is None and not group.reduce_grads:
-            record.unsharded_accumulated_grad = torch.zeros_like(weight, dtype=self._dtype)
-        total: Tensor | None = record.unsharded_accumulated_grad
-        return total
+        if not group.reduce_grads:
+            return begin_sum(record, self._dtype)
+        total = sum_so_far(record)
+        # With no sum before it, a backward that reduces may have begun a gradient of the compute format here.
+        return total if total is not None and total.dtype == self._dtype else None
 
     def _find(self) -> None:
         """Note the gathered weights, which FSDP2 makes in its first forward and keeps."""

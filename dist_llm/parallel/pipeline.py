@@ -34,7 +34,7 @@ from dist_llm.runtime.mesh import Axis
 from dist_llm.types import Batch
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
-"""(logits, targets) to the sum of token losses over a fixed constant."""
+"""(logits, targets) to the sum of token losses over a fixed constant, a tensor of its own and no view."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,13 @@ class _Stage(PipelineStage):
         self.after_forward()
         return out
 
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        """Meet the neighbours before the first step, but not this rank itself, which gloo cannot.
+
+        torch 2.11 asks every stage to, in a V also the two that lie on one rank.
+        """
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         """Receive into buffers that ask for gradients when a backward follows.
 
@@ -157,6 +164,8 @@ class _Stage(PipelineStage):
         else:
             set_backward_traffic(model, self.zero, last=False, complete=False)
         super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        if loss is not None:
+            loss.detach_()  # torch keeps it until the step ends, and with it a graph that holds what came in
         if self.dw_builder is not None and full_backward:
             self._finish()
 
@@ -223,6 +232,9 @@ class StageTensors:
 
 _DECLARES_GRADIENTS = "input_grads" in signature(PipelineStage).parameters
 """Whether torch's stage wants to be told the gradients' shapes; before 2.12 it takes them from the values'."""
+
+BUFFERS_AS_NEEDED = hasattr(PipelineStage, "release_fwd_send_outputs")
+"""Whether torch takes a buffer when a rank receives; before 2.15 those of a whole step are always there."""
 
 
 def _build_stage(part: StageModule, crossing: StageTensors, axis: Axis) -> _Stage:

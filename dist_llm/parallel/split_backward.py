@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from dist_llm.ops.linear import WeightGradients, linear
+from dist_llm.parallel.whole_gradients import complete, param_groups
 
 
 class SplitLinear(nn.Linear):
@@ -49,27 +49,13 @@ def finish_backward(model: nn.Module) -> None:
     if not isinstance(model, FSDPModule):
         return
     root = model._get_fsdp_state()  # torch has no public name for this; its pipeline stage goes the same way
-    for state in root._state_ctx.all_states:
+    for state in dict.fromkeys(root._state_ctx.all_states):  # torch 2.11 names one for each block of its unit
         for group in param_groups(state):
             if group.reduce_grads:
-                _complete(group)
+                for record in group.fsdp_params:
+                    complete(record)
             group.post_backward()
+    context: Any = root._state_ctx
+    if getattr(context, "manual_backward_finalization_active", False) is None:
+        context.manual_backward_finalization_active = False  # torch 2.15 asks for it, and forgets it with each backward
     root._root_post_backward_final_callback()
-
-
-def _complete(group: Any) -> None:
-    """Give zeros to what an earlier second half has reduced already, and all of it one format, before a reduction."""
-    for sharded in group.fsdp_params:
-        parameter = sharded.unsharded_param
-        if sharded.unsharded_accumulated_grad is None and parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        sharded.accumulate_unsharded_grad_if_needed()
-        sharded.to_accumulated_grad_if_needed()
-
-
-def param_groups(state: Any) -> list[Any]:
-    """Return the parameter groups of a unit; before torch 2.12 it has one at most."""
-    groups = getattr(state, "_fsdp_param_groups", None)
-    if groups is None:
-        groups = [getattr(state, "_fsdp_param_group", None)]
-    return [group for group in groups if group is not None]

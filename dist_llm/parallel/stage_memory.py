@@ -4,7 +4,7 @@
     backward  peak while it runs; all that stayed is freed. The first makes gradients, later ones add to them
     split     the first half frees what only it needs, the second half the rest (x and dy of every linear)
 
-`most_activations` then walks a rank's order of work. Tests compare it with runs.
+train/pipeline_memory.py puts them in the order of a rank's work.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_llm.accounting.schedules import Action, Pipe, Work, crosses
 from dist_llm.parallel.activations import ActivationLog
 from dist_llm.parallel.live import gradients, parameters
 from dist_llm.parallel.pipeline import LossFunction, StageModule
@@ -119,37 +118,3 @@ def _memory(log: ActivationLog, marks: Sequence[int], entering: int, leaving: in
         input=entering,
         output=leaving,
     )
-
-
-def most_activations(pipe: Pipe, order: Sequence[Action], stages: Mapping[int, StageMemory]) -> int:
-    """Return the most bytes of activations that a rank holds while it does its work in this order.
-
-    A stage has a buffer for all that it receives in a step. Where a rank may hold several stages, torch keeps what
-    it has sent until the step ends.
-    """
-    level = pipe.microbatches * sum(stage.input + stage.output for stage in stages.values())
-    most, begun = level, set[int]()
-    for action in order:
-        stage, keeps = stages[action.stage], _kept(pipe, action.stage, stages[action.stage])
-        if action.work is Work.FORWARD:
-            most, level = max(most, level + stage.forward_peak), level + stage.held
-        elif action.work is Work.WEIGHT:
-            most, level = max(most, level + stage.weight_peak), level - stage.waiting
-        else:
-            peak = stage.first_backward_peak if action.stage not in begun else stage.backward_peak
-            begun.add(action.stage)
-            most = max(most, level + peak)
-            level += keeps - stage.held
-            if action.work is Work.INPUT:
-                level += stage.waiting
-            elif stage.waiting:
-                most = max(most, level + stage.waiting + stage.weight_peak)
-    return most
-
-
-def _kept(pipe: Pipe, stage: int, memory: StageMemory) -> int:
-    """Return the bytes that a microbatch leaves with torch's schedule after its backward."""
-    if pipe.schedule in ("gpipe", "1f1b"):
-        return 0
-    out = memory.output if memory.output and crosses(stage, pipe.ranks, pipe.schedule) else 0
-    return out + (memory.input if memory.input and crosses(stage - 1, pipe.ranks, pipe.schedule) else 0)

@@ -3,8 +3,8 @@
     fake process group of any size -> tensors without values -> the engine's own build -> two microbatches a stage
 
 Parameters, gradients and optimizer state are those of what was built; activations are measured on it
-(parallel/stage_memory.py) and put in the order of the schedule; traffic is accounting/traffic.py's. Ranks of a pipeline
-that hold alike stages are built once. Experts are taken as evenly used.
+(parallel/stage_memory.py) and put in the order of the schedule (pipeline_memory.py); accounting/traffic.py says what
+is sent. Ranks of a pipeline that hold alike stages are built once. Experts are taken as evenly used.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ from dist_llm.parallel.activations import ActivationLog
 from dist_llm.parallel.apply import SplitStage, SplittableModel
 from dist_llm.parallel.live import storage_bytes
 from dist_llm.parallel.materialise import allocate
-from dist_llm.parallel.stage_memory import StageMemory, StageRun, measure_stage, most_activations
-from dist_llm.planner.messages import prove, write_programs
+from dist_llm.parallel.stage_memory import StageMemory, StageRun, measure_stage
+from dist_llm.parallel.whole_gradients import IN_GRAD
+from dist_llm.planner.messages import Program, prove, write_programs
 from dist_llm.runtime.fake_group import fake_group
 from dist_llm.runtime.mesh import Mesh, build_mesh
+from dist_llm.train.pipeline_memory import most_activations
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,12 @@ def dry_run(config: RunConfig, ranks: int, report: Callable[[str], None] = lambd
     pipe = _pipe(config, ranks)
     by_rank: list[dict[str, object]] = []
     by_stage: dict[int, dict[str, object]] = {}
+    programs = write_programs(pipe)
+    prove(pipe, programs)
     for index, built in enumerate(build_ranks(config, ranks, report)):
-        row, rows = _describe(config, ranks, index, pipe, built)
+        row, rows = _describe(config, ranks, index, pipe, programs[index], built)
         by_rank.append(row)
         by_stage.update(rows)
-    prove(pipe, write_programs(pipe))
     return {
         "num_params": num_parameters(config.model),
         "ranks": ranks,
@@ -185,14 +188,13 @@ def _facts(engine: NativeEngine, stage: SplitStage, memory: StageMemory, offload
 
 
 def _describe(
-    config: RunConfig, ranks: int, pipeline_index: int, pipe: Pipe, built: list[StageFacts]
+    config: RunConfig, ranks: int, pipeline_index: int, pipe: Pipe, program: Program, built: list[StageFacts]
 ) -> tuple[dict[str, object], dict[int, dict[str, object]]]:
     """Return the rows of a pipeline rank and of its stages."""
     parallel, model, precision = config.parallel, config.model, config.precision
     data = ranks // parallel.model_ranks
     place, replicas = place_of(parallel, data, pipeline_index, 0), data * parallel.context
     shapes = Shapes(model, parallel, precision, config.data, place, data)
-    order = pipe.order(pipeline_index)
     stages = rank_stages(model, parallel, pipeline_index)
     rows: dict[int, dict[str, object]] = {}
     total = dict.fromkeys(_SUMMED, 0)
@@ -200,13 +202,12 @@ def _describe(
         sizes = {
             "param_bytes": facts.param_bytes,
             "gathered_param_bytes": gathered_bytes(model, parallel, precision, place, stage),
-            "grad_bytes": gradient_bytes(model, parallel, precision, place, stage, replicas, pipe.microbatches),
+            "grad_bytes": gradient_bytes(config, place, stage, replicas, pipe.microbatches, IN_GRAD),
             "optimizer_bytes": facts.optimizer_bytes,
             "host_bytes": facts.host_bytes,
         }
         total = {name: total[name] + sizes[name] for name in _SUMMED}
-        own = [action for action in order if action.stage == stage.index]
-        peak = most_activations(pipe, own, {stage.index: facts.activations})
+        peak = most_activations(pipe, program, {stage.index: facts.activations})
         where = {"stage": stage.index, "pipeline_rank": pipeline_index}
         layers = {"first_layer": stage.layers.start, "num_layers": len(stage.layers)}
         microbatch = asdict(facts.activations)
@@ -219,7 +220,7 @@ def _describe(
             "traffic": _traffic_row(step_traffic(shapes, stage)),
         }
     memories = {stage.index: facts.activations for stage, facts in zip(stages, built, strict=True)}
-    peak = most_activations(pipe, order, memories)
+    peak = most_activations(pipe, program, memories)
     return {
         "pipeline_rank": pipeline_index,
         "stages": [stage.index for stage in stages],

@@ -20,6 +20,7 @@ from dist_llm.engine.routing import Routing
 from dist_llm.models.plan import plan_rate
 from dist_llm.ops import grouped_linear, linear
 from dist_llm.ops.context_share import ContextShare
+from dist_llm.ops.linear import accumulate
 from dist_llm.parallel import collectives, context, replicas, ring, zero
 from dist_llm.parallel.expert import ExpertDispatch
 from dist_llm.parallel.replicas import ReplicaSum
@@ -75,7 +76,7 @@ def _dropped(grads: Any, axis: Any, size: int, device: torch.device) -> None:
 
 
 def _twice(parameter: Tensor, gradient: Tensor) -> None:
-    parameter.grad = 2 * gradient if parameter.grad is None else parameter.grad.add_(2 * gradient)
+    accumulate(parameter, 2 * gradient)
 
 
 def _natural(attention: Any, part: int, device: torch.device) -> Tensor:

@@ -14,6 +14,7 @@ from dist_llm.config.run import RunConfig
 from dist_llm.engine.native import NativeEngine
 from dist_llm.parallel.activations import ActivationLog
 from dist_llm.parallel.live import _fsdp_groups, gradients, host_bytes, parameters, storage_bytes
+from dist_llm.parallel.whole_gradients import IN_GRAD
 from dist_llm.runtime.fake_group import fake_group
 from dist_llm.runtime.pool import WorkerPool
 from dist_llm.train.dry_run import dry_run, state_groups
@@ -96,7 +97,7 @@ def test_what_is_gathered_and_accumulated_at_most(
         engine.close()
     place, stage = place_of(config.parallel, 2, 0, 0), plan_stages(config.model, 1)[0]
     sections = (config.model, config.parallel, config.precision, place, stage)
-    assert gradient_bytes(*sections, 2, 2) == pytest.approx(state.gradients, rel=0.05)
+    assert gradient_bytes(config, place, stage, 2, 2, IN_GRAD) == pytest.approx(state.gradients, rel=0.05)
     gathered = gathered_bytes(*sections)
     if config.parallel.zero == 3:
         assert gathered == pytest.approx(state.gathered, rel=0.05)

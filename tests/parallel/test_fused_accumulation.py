@@ -16,7 +16,14 @@ from tests.parallel.test_accounting import assert_equal, measured_and_formula
 from tests.parallel.tiny import GPT2, MOE, Curve, build, curve, random_batch, tiny_config
 from tests.tolerances import NEAR_SUM, SAME_SUM, VISIBLE_SUM
 
-SMALL: dict[str, object] = {"num_layers": 2, "hidden_size": 16, "ffn_hidden_size": 32, "vocab_size": 32}
+SMALL: dict[str, object] = {
+    "num_layers": 2,
+    "hidden_size": 16,
+    "ffn_hidden_size": 32,
+    "vocab_size": 32,
+    # The two gradients of a tied weight meet in bf16 before they reach a sum; in torch 2.15 all but the first time.
+    "tie_embeddings": False,
+}
 COPIES = 96
 """Microbatches with one gradient: their sum has its direction to the last bits of fp32, and is far off in bf16."""
 
