@@ -23,7 +23,9 @@ class _RMSNorm(torch.autograd.Function):
         wide = _wide(x)
         rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, rstd)
-        return ((wide * rstd) * weight).to(x.dtype)
+        out = (wide * rstd) * weight
+        # Compiled by torch 2.11, an output that went through a cast to its own format has wrong gradients.
+        return out if out.dtype == x.dtype else out.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:

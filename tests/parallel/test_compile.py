@@ -103,10 +103,13 @@ def issued_and_formula(config: RunConfig) -> dict[str, tuple[int, int]]:
     return {kind: (sum(seen.get(name, 0) for name in both), traffic.counts["tp", kind]) for kind, both in names.items()}
 
 
+OTHERS = "torch 2.11 gathers less and sums more in compiled blocks (docs/memory-and-speed.md)"
+
+
 @pytest.mark.parametrize(
     ("parallel", "model", "precision"),
     [
-        ({}, {}, "fp32"),
+        pytest.param({}, {}, "fp32", marks=pytest.mark.xfail(torch.__version__ < "2.12", reason=OTHERS, strict=True)),
         pytest.param({}, MOE, "fp32", marks=pytest.mark.slow),
         pytest.param({"fused_accumulation": True, "zero": 1}, {}, "bf16", marks=pytest.mark.slow),
     ],
