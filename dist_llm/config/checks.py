@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 
 from dist_llm.config.decode import decode_partly
+from dist_llm.config.engine_rules import ENGINE_RULES
 from dist_llm.config.legal import fitting_layouts, legal_values
 from dist_llm.config.model import MupConfig
 from dist_llm.config.rule import RANKS, Broken, Rule, reads, value_at
@@ -164,13 +165,6 @@ def double_precision_is_on_cpu(config: RunConfig, world_size: int | None) -> Ite
         yield Broken("precision.name", "is for verification on device=cpu", ("fp32", "bf16", "fp16"))
 
 
-@reads("engine.name")
-def engine_is_built(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
-    """`engine` is `native`: the DeepSpeed and Megatron-Core engines come later."""
-    if config.engine.name != "native":
-        yield Broken("engine.name", LATER, ("native",))
-
-
 @reads("launcher.name")
 def launcher_is_built(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
     """`launcher` is `local`: the others come later; ranks may also be started with `torchrun -m dist_llm train`."""
@@ -207,13 +201,12 @@ SECTION_RULES: tuple[Rule, ...] = (
     evaluation_has_data,
     wandb_is_installed,
     double_precision_is_on_cpu,
-    engine_is_built,
     launcher_is_built,
     local_launcher_has_one_node,
     asynchronous_save_is_built,
 )
 
-RULES: tuple[Rule, ...] = (*LAYOUT_RULES, *SECTION_RULES)
+RULES: tuple[Rule, ...] = (*LAYOUT_RULES, *ENGINE_RULES, *SECTION_RULES)
 
 
 def check(config: RunConfig, world_size: int | None, unusable: frozenset[str] = frozenset()) -> list[Violation]:

@@ -70,10 +70,21 @@ class TelemetryConfig(Section):
 
 
 class EngineConfig(Section):
-    """Which engine does the step."""
+    """Which engine does the step, and what only one of them can do."""
 
     name: Literal["native", "deepspeed", "megatron"] = "native"
-    """Engine of an optimizer step; this version takes native only."""
+    """Engine of an optimizer step: ours, DeepSpeed's ZeRO on our model, or Megatron-Core's model and optimizer."""
+    offload_to: Literal["cpu", "nvme"] = "cpu"
+    """Where DeepSpeed keeps what parallel.offload names: host memory, or files (ZeRO-Infinity, Rajbhandari et al.
+    2021)."""
+    nvme_path: PathText | None = None
+    """Folder of those files, on each node; needed by `offload_to: nvme`."""
+    transformer_engine: Literal["auto", "never"] = "auto"
+    """Whether Megatron-Core's layers are Transformer Engine's where that is installed and the device is CUDA."""
+    fp8: Literal["none", "hybrid", "e4m3"] = "none"
+    """Format of Transformer Engine's products (Micikevicius et al. 2022); hybrid: e4m3 forward, e5m2 backward."""
+    overlap: bool = True
+    """Let Megatron-Core send gradients during the backward and gather weights during the forward."""
 
 
 class LauncherConfig(Section):

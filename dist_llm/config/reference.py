@@ -16,6 +16,7 @@ from typing import Any
 
 from dist_llm.config.base import Section
 from dist_llm.config.checks import RULES, SECTION_RULES
+from dist_llm.config.engine_rules import ENGINE_RULES
 from dist_llm.config.keys import all_fields, nested_section
 from dist_llm.config.rule import Rule
 from dist_llm.config.rules import LAYOUT_RULES
@@ -211,8 +212,9 @@ def _default_cell(setting: Setting) -> str:
 
 
 def rules_page() -> str:
-    """Return `docs/reference/layout-rules.md`, two tables."""
+    """Return `docs/reference/layout-rules.md`, three tables."""
     parts = [_RULES_PAGE, _rules_table("Which layouts are legal", LAYOUT_RULES)]
+    parts.append(_rules_table("What other engines cannot do", ENGINE_RULES))
     return "\n".join([*parts, _rules_table("Other sections", SECTION_RULES), f"{len(RULES)} rules.\n"])
 
 

@@ -1,0 +1,150 @@
+"""What engines other than the native one cannot do: rows of the same table, each naming the engines that can.
+
+A row is legal values of one setting under an engine. Where it is broken the setting to change is `engine.name`: its
+candidates are the other engines, of which only those remain that break no rule themselves and are installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from dist_llm.config.rule import Broken, Rule, reads, value_at
+from dist_llm.config.run import RunConfig
+from dist_llm.config.wording import shown
+
+ENGINES = ("native", "deepspeed", "megatron")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Under an engine a setting must be one of `values`, because of `why`.
+
+    unless: what makes the setting mean nothing, so that any value will do; it reads the keys in `reads`.
+    """
+
+    engine: str
+    key: str
+    values: tuple[object, ...]
+    why: str
+    unless: Callable[[RunConfig], bool] = lambda config: False
+    reads: tuple[str, ...] = ()
+
+    def rule(self) -> Rule:
+        """Return the rule that the row stands for."""
+
+        def check(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+            value = value_at(config, world_size, self.key)
+            if config.engine.name != self.engine or value in self.values or self.unless(config):
+                return
+            words = f"{self.why}: {self.key}={shown(value)} would have to be {self._listed()}"
+            yield Broken("engine.name", words, tuple(name for name in ENGINES if name != self.engine))
+
+        check.__name__ = f"{self.engine}_{self.key.rpartition('.')[2]}"
+        check.__doc__ = f"Under `engine={self.engine}`, `{self.key}` is {self._listed()}: it {self.why}."
+        return Rule(check, ("engine.name", self.key, *self.reads))
+
+    def _listed(self) -> str:
+        texts = [str(shown(value)) for value in self.values]
+        return texts[0] if len(texts) == 1 else ", ".join(texts[:-1]) + " or " + texts[-1]
+
+
+def _no_pipeline(config: RunConfig) -> bool:
+    return config.parallel.pipeline == 1
+
+
+def _no_experts(config: RunConfig) -> bool:
+    return config.model.num_expert_layers == 0
+
+
+def _no_context(config: RunConfig) -> bool:
+    return config.parallel.context == 1
+
+
+_EXPERTS = ("model.num_layers", "model.moe.num_experts", "model.moe.num_dense_layers")
+
+_DEEPSPEED = (
+    ("parallel.pipeline", (1,), "runs no pipeline"),
+    ("parallel.expert", (1,), "keeps all experts on every rank"),
+    ("parallel.zero", (1, 2, 3), "is its ZeRO"),
+    ("parallel.replicate", (1,), "spreads shards over all data ranks"),
+    ("parallel.compile", (False,), "follows modules with hooks that a graph does not hold"),
+    ("parallel.fused_accumulation", (False,), "adds gradients up itself"),
+    ("parallel.async_tensor", (False,), "waits for a region's gather"),
+    ("precision.name", ("fp32", "bf16", "fp16"), "keeps masters in fp32"),
+)
+
+_MEGATRON = (
+    ("parallel.zero", (0, 1), "shards optimizer state alone (its distributed optimizer)"),
+    ("parallel.replicate", (1,), "spreads shards over all data ranks"),
+    ("parallel.offload", ("none",), "keeps all state on the device"),
+    ("parallel.compile", (False,), "brings its own fusions"),
+    ("parallel.async_tensor", (False,), "waits for a region's gather"),
+    ("parallel.recompute", ("none", "full"), "recomputes whole layers here"),
+    ("parallel.recompute_layers", (None,), "recomputes every layer or none"),
+    ("model.norm_placement", ("pre",), "norms before each half of a layer"),
+    ("model.dropout", (0.0,), "draws masks that depend on the layout"),
+    ("model.attention_dropout", (0.0,), "draws masks that depend on the layout"),
+    ("model.mup.base_width", (None,), "has no muP"),
+    ("model.rope.scaling", ("none", "llama3"), "lowers frequencies as Llama 3.1 alone"),
+    ("data.document_mask", (False,), "attends over whole sequences"),
+    ("precision.name", ("fp32", "bf16", "fp16"), "keeps masters in fp32"),
+)
+
+
+@reads("engine.name", "engine.offload_to", "engine.nvme_path", "parallel.offload")
+def nvme_has_a_folder(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """`engine.offload_to: nvme` is under `engine=deepspeed`, with a `parallel.offload` and a folder in `nvme_path`.
+
+    Without `nvme` there is no `engine.nvme_path`, which would silently do nothing.
+    """
+    engine = config.engine
+    if engine.offload_to == "cpu":
+        if engine.nvme_path is not None:
+            yield Broken("engine.nvme_path", "has no effect under engine.offload_to=cpu", (None,))
+        return
+    if engine.name != "deepspeed":
+        yield Broken("engine.offload_to", f"is for engine=deepspeed, not {engine.name}", ("cpu",))
+    if config.parallel.offload == "none":
+        yield Broken("engine.offload_to", "has nothing to move under parallel.offload=none", ("cpu",))
+    if engine.nvme_path is None:
+        yield Broken("engine.nvme_path", "must name a folder under engine.offload_to=nvme", ("/local_nvme",))
+
+
+@reads("engine.name", "parallel.zero", "parallel.offload")
+def deepspeed_offloads_whole_shards(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """Under `engine=deepspeed`, `parallel.offload: parameters` needs `parallel.zero: 3`, which shards parameters."""
+    parallel = config.parallel
+    if config.engine.name == "deepspeed" and parallel.offload == "parameters" and parallel.zero != 3:
+        yield Broken("parallel.offload", "needs parallel.zero=3 under engine=deepspeed", ("optimizer", "none"))
+
+
+@reads("engine.name", "engine.fp8", "engine.transformer_engine")
+def fp8_needs_transformer_engine(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """`engine.fp8` is under `engine=megatron` with Transformer Engine."""
+    engine = config.engine
+    if engine.fp8 == "none":
+        return
+    if engine.name != "megatron":
+        yield Broken("engine.fp8", f"is for engine=megatron, not {engine.name}", ("none",))
+    elif engine.transformer_engine == "never":
+        yield Broken("engine.fp8", "needs engine.transformer_engine=auto", ("none",))
+
+
+ENGINE_RULES: tuple[Rule, ...] = (
+    nvme_has_a_folder,
+    deepspeed_offloads_whole_shards,
+    fp8_needs_transformer_engine,
+    *(Limit("deepspeed", key, values, why).rule() for key, values, why in _DEEPSPEED),
+    *(Limit("megatron", key, values, why).rule() for key, values, why in _MEGATRON),
+    Limit(
+        "megatron",
+        "parallel.schedule",
+        ("1f1b", "interleaved"),
+        "schedules pipelines as 1f1b or interleaved",
+        _no_pipeline,
+        ("parallel.pipeline",),
+    ).rule(),
+    Limit("megatron", "model.moe.capacity_factor", (None,), "drops no rows here", _no_experts, _EXPERTS).rule(),
+)
+"""One rule a row, in the order of the tables."""
