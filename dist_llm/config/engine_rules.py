@@ -87,7 +87,6 @@ _MEGATRON = (
     ("model.attention_dropout", (0.0,), "draws masks that depend on the layout"),
     ("model.mup.base_width", (None,), "has no muP"),
     ("model.rope.scaling", ("none", "llama3"), "lowers frequencies as Llama 3.1 alone"),
-    ("data.document_mask", (False,), "attends over whole sequences"),
     ("precision.name", ("fp32", "bf16", "fp16"), "keeps masters in fp32"),
 )
 
@@ -119,6 +118,35 @@ def deepspeed_offloads_whole_shards(config: RunConfig, world_size: int | None) -
         yield Broken("parallel.offload", "needs parallel.zero=3 under engine=deepspeed", ("optimizer", "none"))
 
 
+@reads("engine.name", "parallel.tensor", "parallel.sequence", "model.bias", *_EXPERTS)
+def megatron_splits_experts(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """Under `engine=megatron`, a model with experts has `parallel.sequence` with `parallel.tensor`, and no biases."""
+    if config.engine.name != "megatron" or _no_experts(config):
+        return
+    if config.parallel.tensor > 1 and not config.parallel.sequence:
+        words = "must be true with experts under engine=megatron and parallel.tensor above 1"
+        yield Broken("parallel.sequence", words, (True,))
+    if config.model.bias:
+        yield Broken("model.bias", "must be false with experts under engine=megatron", (False,))
+
+
+@reads("engine.name", *(f"model.moe.{name}" for name in ("score", "top_k", "normalize", "bias_rate")), *_EXPERTS)
+def megatron_weighs_experts(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """Under `engine=megatron`, one chosen expert has its score for a weight, and sigmoid scores are what biases move.
+
+    With `model.moe.top_k` of 1 `model.moe.normalize` is false; sigmoid scores of more are normalised.
+    """
+    moe = config.model.moe
+    if config.engine.name != "megatron" or _no_experts(config):
+        return
+    if moe.top_k == 1 and moe.normalize:
+        yield Broken("model.moe.normalize", "must be false with top_k=1 under engine=megatron", (False,))
+    if moe.top_k > 1 and moe.score == "sigmoid" and not moe.normalize:
+        yield Broken("model.moe.normalize", "must be true of sigmoid scores under engine=megatron", (True,))
+    if moe.score == "softmax" and moe.bias_rate:
+        yield Broken("model.moe.bias_rate", "must be 0 with softmax scores under engine=megatron", (0.0,))
+
+
 @reads("engine.name", "engine.fp8", "engine.transformer_engine")
 def fp8_needs_transformer_engine(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
     """`engine.fp8` is under `engine=megatron` with Transformer Engine."""
@@ -134,6 +162,8 @@ def fp8_needs_transformer_engine(config: RunConfig, world_size: int | None) -> I
 ENGINE_RULES: tuple[Rule, ...] = (
     nvme_has_a_folder,
     deepspeed_offloads_whole_shards,
+    megatron_splits_experts,
+    megatron_weighs_experts,
     fp8_needs_transformer_engine,
     *(Limit("deepspeed", key, values, why).rule() for key, values, why in _DEEPSPEED),
     *(Limit("megatron", key, values, why).rule() for key, values, why in _MEGATRON),

@@ -11,7 +11,6 @@ import contextlib
 import importlib.util
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -33,8 +32,8 @@ from torch import Tensor, nn
 
 from dist_llm.accounting.stages import plan_stages
 from dist_llm.config.run import RunConfig
-from dist_llm.engine.megatron_cpu import building_on_cpu, name_types
-from dist_llm.engine.megatron_model import DTYPES, build_chunks
+from dist_llm.engine.megatron_cpu import name_types, prepare_modules, staying_on_cpu
+from dist_llm.engine.megatron_model import DTYPES, build_chunks, chosen_attention
 from dist_llm.engine.megatron_names import Names, is_split
 from dist_llm.engine.model import splittable
 from dist_llm.engine.rectangles import Band, band_shards
@@ -44,6 +43,9 @@ from dist_llm.parallel.cross_entropy import cross_entropy_sum
 from dist_llm.parallel.shards import LocalShard
 from dist_llm.runtime.mesh import Mesh
 from dist_llm.types import IGNORE_INDEX, Batch, DataSlice, LossSum, StepResult, TensorShard, TrainState
+
+Microbatch = tuple[Tensor, Tensor, Tensor | None]
+"""Tokens and targets of this rank's share of the sequences, and documents of all of their tokens."""
 
 
 class MegatronEngine:
@@ -57,21 +59,30 @@ class MegatronEngine:
         self._num_microbatches = config.data.global_batch // (mesh.dp.size * config.data.microbatch)
         self._step, self._num_updates = 0, 0
         _initialize_parallel_state(config)
-        on_device = contextlib.nullcontext() if mesh.device.type == "cuda" else building_on_cpu()
-        with on_device:
+        if mesh.device.type == "cpu":
+            prepare_modules()
+        with self._on_device():
             self._build()
         self._fill()
+
+    def _on_device(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which Megatron-Core's code runs."""
+        return staying_on_cpu() if self._mesh.device.type == "cpu" else contextlib.nullcontext()
 
     def _build(self) -> None:
         """Build the chunks, their gradient buffers and the optimizer."""
         config, mesh = self._config, self._mesh
         stages = plan_stages(config.model, config.parallel.num_stages)
         engine = mesh.device.type == "cuda" and _has_transformer_engine(config)
-        self._settings, models = build_chunks(config, stages, mesh, engine)
-        names = Names(config.model, mesh.tp.index, mesh.tp.size)
-        mine = [stage for stage in stages if stage.index % mesh.pp.size == mesh.pp.index]
+        self._attend = chosen_attention(config, mesh, engine)
+        self._settings, models = build_chunks(config, stages, mesh, engine, self._attend)
+        expert = parallel_state.get_expert_model_parallel_rank() * (
+            config.model.moe.num_experts // config.parallel.expert
+        )
+        names = Names(config.model, mesh.tp.index, mesh.tp.size, expert)
+        self._mine = [stage for stage in stages if stage.index % mesh.pp.size == mesh.pp.index]
         self._bands: dict[nn.Parameter, tuple[list[Band], bool]] = {}
-        for stage, model in zip(mine, models, strict=True):
+        for stage, model in zip(self._mine, models, strict=True):
             for name, parameter in model.named_parameters():
                 copy = name == "output_layer.weight" and config.model.tie_embeddings
                 self._bands[parameter] = (names.bands(name, parameter, stage.layers), copy)
@@ -82,13 +93,10 @@ class MegatronEngine:
             name_types(self._bands)
         self._optimizer = get_megatron_optimizer(_optimizer_config(config), self._chunks, use_gloo_process_groups=False)
         self._parts = (
-            self._optimizer.chained_optimizers
-            if isinstance(self._optimizer, ChainedOptimizer)
-            else [self._optimizer]
+            self._optimizer.chained_optimizers if isinstance(self._optimizer, ChainedOptimizer) else [self._optimizer]
         )
         self._settings.finalize_model_grads_func = self._finish_gradients
-        if config.precision.compute == "fp16":
-            self._settings.grad_scale_func = self._optimizer.scale_loss
+        self._settings.grad_scale_func = self._scaled
         if self._chunks[0].ddp_config.overlap_grad_reduce:
             waits = [chunk.no_sync for chunk in self._chunks]
             self._settings.no_sync_func = waits if len(waits) > 1 else waits[0]
@@ -127,9 +135,21 @@ class MegatronEngine:
             bands, copy = self._bands[parameter]
             flat = main if kind == "model" else state[kind.removeprefix("optimizer.")].view(-1)
             split = getattr(parameter, "tensor_model_parallel", False)
-            first = self._config.parallel.zero == 1 or self._mesh.zero.index == 0
+            dense = getattr(parameter, "allreduce", True)
+            replica = self._mesh.zero.index if dense else parallel_state.get_expert_data_parallel_rank()
+            first = self._config.parallel.zero == 1 or replica == 0
             primary = first and not copy and (split or self._mesh.tp.index == 0)
             yield from band_shards(kind, flat, start, bands, primary)
+
+    def _biases(self) -> Iterator[TensorShard]:
+        """Yield the routers' biases, which are no parameters and yet part of the model."""
+        primary = self._mesh.zero.index == 0 and self._mesh.tp.index == 0
+        for stage, chunk in zip(self._mine, self._chunks, strict=True):
+            for layer, block in zip(stage.layers, _bare(chunk).decoder.layers, strict=True):
+                if self._config.model.has_experts(layer):
+                    bias = block.mlp.router.expert_bias
+                    bias = torch.zeros(self._config.model.moe.num_experts) if bias is None else bias
+                    yield TensorShard(f"model.layers.{layer}.mlp.router.bias", tuple(bias.shape), (0,), bias, primary)
 
     def _take_masters(self) -> None:
         """Make the weights those of the masters. Issues one all-gather a bucket over zero under ZeRO-1."""
@@ -186,32 +206,41 @@ class MegatronEngine:
         """Run the schedule; return the loss sums of the microbatches, none except on the last stage."""
         device, size = self._mesh.device, self._config.data.microbatch
         tokens, targets = (self._context.take(part.to(device)) for part in (batch.tokens, batch.targets))
-        rows = list(zip(tokens.split(size), targets.split(size), strict=True))
+        documents = None if batch.documents is None else batch.documents.to(device).split(size)
+        rows = list(zip(tokens.split(size), targets.split(size), documents or (None,) * len(tokens)))  # noqa: B905
         sources = [iter(rows) for _ in self._chunks]
-        found: list[dict[str, Tensor]] = self._run(
-            forward_step_func=self._forward,
-            data_iterator=sources if len(sources) > 1 else sources[0],
-            model=self._chunks if len(self._chunks) > 1 else self._chunks[0],
-            num_microbatches=self._num_microbatches,
-            seq_length=self._config.data.seq_len,
-            micro_batch_size=size,
-            forward_only=forward_only,
-        )
+        with self._on_device():
+            found: list[dict[str, Tensor]] = self._run(
+                forward_step_func=self._forward,
+                data_iterator=sources if len(sources) > 1 else sources[0],
+                model=self._chunks if len(self._chunks) > 1 else self._chunks[0],
+                num_microbatches=self._num_microbatches,
+                seq_length=self._config.data.seq_len,
+                micro_batch_size=size,
+                forward_only=forward_only,
+            )
         return found
 
-    def _forward(self, source: Iterator[tuple[Tensor, Tensor]], chunk: nn.Module) -> tuple[Tensor, Any]:
+    def _forward(self, source: Iterator[Microbatch], chunk: nn.Module) -> tuple[Tensor, Any]:
         """Run a microbatch through a chunk; return its output and what makes a loss of it."""
-        tokens, targets = next(source)
+        tokens, targets, documents = next(source)
         positions = self._context.positions(tokens.shape[1], tokens.device).expand_as(tokens)
-        return chunk(tokens, positions, None), partial(self._loss, targets)
+        mask = None if documents is None or self._attend is None else self._attend.mask(documents)
+        return chunk(tokens, positions, mask), partial(self._loss, targets)
 
     def _loss(
         self, targets: Int64[Tensor, "batch seq"], logits: Float[Tensor, "batch seq columns"]
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return the loss in tokens of a microbatch, the counted tokens, and the sum. Two all-reduces over tp."""
+        """Return the loss sum of a microbatch, the counted tokens, and the sum to report. Two all-reduces over tp."""
         total = cross_entropy_sum(logits, targets, self._config.model.vocab_size, self._mesh.tp)
         counted = (targets != IGNORE_INDEX).sum().int()
-        return total / self._microbatch_tokens, counted, {"loss": total.detach()}
+        return total, counted, {"loss": total.detach().clone()}
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        """Return a loss in the unit of a backward, the native engine's: the loss scale over a microbatch's tokens."""
+        scaler = self._scaler()
+        unit = loss / self._microbatch_tokens
+        return unit if scaler is None else unit * scaler.scale
 
     def _finish_gradients(self, chunks: list[nn.Module], num_tokens: Tensor | None = None, **more: Any) -> None:
         """Let Megatron-Core finish the gradients and divide them by the counted tokens of the global batch."""
@@ -231,7 +260,7 @@ class MegatronEngine:
     def state(self) -> TrainState:
         """Return model and optimizer rectangles by logical name, and the facts that are not tensors."""
         kinds = ("model", "optimizer.exp_avg", "optimizer.exp_avg_sq")
-        tensors = tuple(shard for kind in kinds for shard in self._shards(kind))
+        tensors = (*(shard for kind in kinds for shard in self._shards(kind)), *self._biases())
         scaler = self._scaler()
         facts: dict[str, object] = {
             "step": self._step,
@@ -285,6 +314,7 @@ def _initialize_parallel_state(config: RunConfig) -> None:
         virtual_pipeline_model_parallel_size=parallel.chunks if parallel.chunks > 1 else None,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1,
         distributed_timeout_minutes=math.ceil(config.launcher.timeout_seconds / 60),
         order="tp-cp-ep-dp-pp",
         create_gloo_process_groups=False,

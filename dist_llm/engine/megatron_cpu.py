@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -45,6 +45,7 @@ class _CpuCuda(SimpleNamespace):
             current_stream=lambda *args: _Stream(),
             default_stream=lambda *args: _Stream(),
             Stream=_Stream,
+            Event=_Stream,
             stream=lambda stream: contextlib.nullcontext(),
             synchronize=lambda *args: None,
             get_rng_state=lambda *args, **kwargs: torch.get_rng_state(),
@@ -55,10 +56,11 @@ class _CpuCuda(SimpleNamespace):
 
 
 class _Stream:
-    """A queue that is always empty: on a CPU work is done when it is asked for."""
+    """A queue that is always empty, and its events: on a CPU work is done when it is asked for."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.wait_stream = self.synchronize = lambda *args: None
+        self.wait_stream = self.wait_event = self.synchronize = lambda *args: None
+        self.record_event = lambda *args: self
 
 
 class _Tracker:
@@ -80,15 +82,21 @@ def _on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
     def made(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("device") == "cuda":
             kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
         return make(*args, **kwargs)
 
     return made
 
 
-@contextlib.contextmanager
-def building_on_cpu() -> Iterator[None]:
-    """Put the stand-in into every module of Megatron-Core that was imported, for good; `Tensor.cuda` for a while."""
+def _as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Return a tensor as Megatron-Core has it once it came from a device: counts of rows as numpy's."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+
+def prepare_modules() -> None:
+    """Put the stand-in into every module of Megatron-Core that was imported, for good."""
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     stand_in = _CpuTorch()
     for name, module in list(sys.modules.items()):
@@ -98,8 +106,14 @@ def building_on_cpu() -> Iterator[None]:
     random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    with mock.patch.object(torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor):
-        yield
+    token_dispatcher.maybe_move_tensor_to_cpu = _as_numpy
+    if not hasattr(moe_utils, "te_general_gemm"):  # 0.16 asks for it where Transformer Engine is missing
+        moe_utils.te_general_gemm = None
+
+
+def staying_on_cpu() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which `Tensor.cuda` gives the tensor itself."""
+    return mock.patch.object(torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor)
 
 
 def name_types(parameters: Iterable[nn.Parameter]) -> None:
