@@ -88,6 +88,6 @@ $(READY): | $(MADE)
 	@echo "setup: installing torch"
 	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url '$(TORCH_INDEX)') torch
 	@echo "setup: installing dist_llm and the tools that check it"
-	@$(PIP) --no-build-isolation --editable '.[dev]'
+	@$(PIP) --no-build-isolation --editable '.[dev,deepspeed,megatron]'
 	@rm -f .venv/.ready-*
 	@touch $@
