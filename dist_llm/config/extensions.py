@@ -25,8 +25,8 @@ class Known:
     """A package that can be used if it is here: what pip and Python call it, and by what the real one is known.
 
     marks are files of the real one, any of which will do; compiled are extension modules without their suffix, any of
-    which will do, none meaning that it needs none. Both are relative to the package's folder. What brings it is an
-    extra of ours, or a command.
+    which will do, none meaning that it needs none. Both are relative to the package's folder. oldest is the first
+    version that serves. What brings it is an extra of ours, or a command.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Known:
     compiled: tuple[str, ...] = ()
     extra: str = ""
     command: str = ""
+    oldest: tuple[int, ...] = ()
 
     @property
     def install(self) -> str:
@@ -66,7 +67,7 @@ class Extension:
 _TORCH_PART = "transformer_engine_torch"
 _ROWS = (
     Known("deepspeed", "deepspeed", "DeepSpeed", ("runtime/engine.py",), extra="deepspeed"),
-    Known("megatron-core", "megatron.core", "Megatron-Core", ("parallel_state.py",), extra="megatron"),
+    Known("megatron-core", "megatron.core", "Megatron-Core", ("parallel_state.py",), extra="megatron", oldest=(0, 16)),
     Known(
         "transformer-engine",
         "transformer_engine",
@@ -128,10 +129,14 @@ def _find(row: Known, path: tuple[str, ...]) -> Extension:
         problem = f"{_text(place)} is {kind}not {row.title} (it has no {missing})"
     if problem is not None:
         return Extension(row.name, None, str(place), f"{problem}: {_cure(row, top, folders[0], regular)}", row.install)
+    version = _version(row, folders)
     if row.compiled and not any(_is_compiled(place / part) for part in row.compiled):
         part = Path(row.compiled[0]).name
         problem = f"{_text(place)} is {row.title} without its compiled part {part}: {row.install}"
-    return Extension(row.name, _version(row, folders), str(place), problem, row.install)
+    elif version is not None and _numbers(version) < row.oldest:
+        oldest = ".".join(str(number) for number in row.oldest)
+        problem = f"{_text(place)} is {row.title} {version}, older than {oldest}: {row.install}"
+    return Extension(row.name, version, str(place), problem, row.install)
 
 
 def _package(top: str) -> tuple[tuple[Path, ...], bool]:
@@ -179,6 +184,12 @@ def _version(row: Known, folders: tuple[Path, ...]) -> str | None:
         # Its folder is there, but empty or damaged; Python versions say so in different ways.
         return None
     return str(versions[0]) if versions else None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Return the leading numbers of a version, such as (0, 16, 1)."""
+    match = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(int(number) for number in match[0].split(".")) if match is not None else ()
 
 
 def _distribution(name: str) -> Distribution | None:
