@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from dist_llm.config.extensions import EXTENSIONS, find_extension
 from dist_llm.config.rule import Broken, Rule, reads, value_at
 from dist_llm.config.run import RunConfig
 from dist_llm.config.wording import shown
 
 ENGINES = ("native", "deepspeed", "megatron")
+PACKAGES = {"deepspeed": "deepspeed", "megatron": "megatron-core"}
+"""The package in `config/extensions.py` that an engine is made of; ours needs none."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Limit:
         return Rule(check, ("engine.name", self.key, *self.reads))
 
     def _listed(self) -> str:
-        texts = [str(shown(value)) for value in self.values]
+        texts = ["null" if value is None else str(shown(value)) for value in self.values]
         return texts[0] if len(texts) == 1 else ", ".join(texts[:-1]) + " or " + texts[-1]
 
 
@@ -89,6 +92,22 @@ _MEGATRON = (
     ("model.rope.scaling", ("none", "llama3"), "lowers frequencies as Llama 3.1 alone"),
     ("precision.name", ("fp32", "bf16", "fp16"), "keeps masters in fp32"),
 )
+
+
+@reads("engine.name")
+def engine_is_installed(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """`engine` is `native`, or one whose package is installed: the extra `deepspeed` or `megatron` brings it.
+
+    Another package of that name does not count.
+    """
+    name = config.engine.name
+    if name not in PACKAGES:
+        return
+    found = find_extension(PACKAGES[name])
+    if not found.usable:
+        words = f"needs {EXTENSIONS[found.name].title}"
+        words += f", but {found.problem}" if found.problem is not None else f": {found.install}"
+        yield Broken("engine.name", words, tuple(other for other in ENGINES if other != name))
 
 
 @reads("engine.name", "engine.offload_to", "engine.nvme_path", "parallel.offload")
@@ -160,6 +179,7 @@ def fp8_needs_transformer_engine(config: RunConfig, world_size: int | None) -> I
 
 
 ENGINE_RULES: tuple[Rule, ...] = (
+    engine_is_installed,
     nvme_has_a_folder,
     deepspeed_offloads_whole_shards,
     megatron_splits_experts,
