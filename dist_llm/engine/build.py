@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from dist_llm.config.run import RunConfig
 from dist_llm.engine.base import Engine
 from dist_llm.errors import EngineUnavailable
@@ -12,7 +14,8 @@ def build_engine(config: RunConfig, mesh: Mesh) -> Engine:
     """Return the configured engine over the mesh. Raises EngineUnavailable where its library is not installed."""
     if config.engine.name == "megatron":
         try:
-            from dist_llm.engine.megatron import MegatronEngine
+            with warnings.catch_warnings(action="ignore"):  # of what it would rather have; `dist-llm doctor` tells
+                from dist_llm.engine.megatron import MegatronEngine
         except ImportError as error:
             raise EngineUnavailable(f"engine=megatron: {error}; pip install 'dist-llm[megatron]'") from error
         return MegatronEngine(config, mesh)

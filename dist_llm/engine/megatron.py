@@ -18,29 +18,30 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int64
 from megatron.core import parallel_state
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16OptimizerWithFloat16Params
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
 from dist_llm.accounting.stages import plan_stages
 from dist_llm.config.run import RunConfig
-from dist_llm.engine.megatron_cpu import name_types, prepare_modules, staying_on_cpu
-from dist_llm.engine.megatron_model import DTYPES, build_chunks, chosen_attention
+from dist_llm.engine.megatron_cpu import name_types, prepare_modules
+from dist_llm.engine.megatron_model import build_chunks, chosen_attention
 from dist_llm.engine.megatron_names import Names, is_split
+from dist_llm.engine.megatron_optimizer import (
+    build_optimizer,
+    copy_masters,
+    make_moments,
+    masters,
+    set_steps,
+    wrap_chunks,
+)
 from dist_llm.engine.model import splittable
 from dist_llm.engine.rectangles import Band, band_shards
 from dist_llm.ops.context_share import ContextShare
 from dist_llm.optim.schedule import learning_rate
 from dist_llm.parallel.cross_entropy import cross_entropy_sum
 from dist_llm.parallel.shards import LocalShard
+from dist_llm.runtime.cpu_torch import staying_on_cpu
 from dist_llm.runtime.mesh import Mesh
 from dist_llm.types import IGNORE_INDEX, Batch, DataSlice, LossSum, StepResult, TensorShard, TrainState
 
@@ -87,14 +88,11 @@ class MegatronEngine:
                 copy = name == "output_layer.weight" and config.model.tie_embeddings
                 self._bands[parameter] = (names.bands(name, parameter, stage.layers), copy)
                 if is_split(name):  # Megatron-Core says so of the weights that it initialises itself
-                    parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
-        self._chunks = _wrap(config, self._settings, models, mesh.device)
+                    parameter.tensor_model_parallel = True
+        self._chunks: list[Any] = wrap_chunks(config, self._settings, models, mesh.device)
         if mesh.device.type != "cuda":
             name_types(self._bands)
-        self._optimizer = get_megatron_optimizer(_optimizer_config(config), self._chunks, use_gloo_process_groups=False)
-        self._parts = (
-            self._optimizer.chained_optimizers if isinstance(self._optimizer, ChainedOptimizer) else [self._optimizer]
-        )
+        self._optimizer, self._parts = build_optimizer(config, self._chunks)
         self._settings.finalize_model_grads_func = self._finish_gradients
         self._settings.grad_scale_func = self._scaled
         if self._chunks[0].ddp_config.overlap_grad_reduce:
@@ -105,16 +103,10 @@ class MegatronEngine:
     @torch.no_grad()
     def _fill(self) -> None:
         """Make the optimizer's state and give masters and weights their initial values."""
-        for part in self._parts:
-            inner = part.optimizer
-            for group in [] if inner is None else inner.param_groups:
-                for main in group["params"]:
-                    moments = {"exp_avg": torch.zeros_like(main.data), "exp_avg_sq": torch.zeros_like(main.data)}
-                    steps = {"step": torch.zeros(())} if isinstance(inner, torch.optim.AdamW) else {}
-                    inner.state[main] = {**steps, **moments}
+        make_moments(self._parts)
         initialise = splittable(self._config.model, self._config.run.seed).initialise
-        for main, *_ in self._mains():
-            main.zero_()
+        for master in masters(self._parts):
+            master.flat.zero_()
         for shard in self._shards("model"):
             name = shard.name.removeprefix("model.")
             extent = tuple(shard.data.shape)
@@ -122,24 +114,17 @@ class MegatronEngine:
             initialise(LocalShard(name, None, shard.data, shard.shape, shard.offsets, extent, *facts))  # type: ignore[arg-type]
         self._take_masters()
 
-    def _mains(self) -> Iterator[tuple[Tensor, nn.Parameter, int, dict[str, Any]]]:
-        """Yield each master as a flat tensor, its parameter, where in that it begins, and its optimizer state."""
-        for part in self._parts:
-            for parameter, main in _pairs(part):
-                start = part._get_model_param_range_map(parameter)["param"].start if _is_sharded(part) else 0
-                yield main.detach().view(-1), parameter, start, part.optimizer.state[main]
-
     def _shards(self, kind: str) -> Iterator[TensorShard]:
         """Yield this rank's rectangles of the masters (`model`) or of a moment."""
-        for main, parameter, start, state in self._mains():
-            bands, copy = self._bands[parameter]
-            flat = main if kind == "model" else state[kind.removeprefix("optimizer.")].view(-1)
-            split = getattr(parameter, "tensor_model_parallel", False)
-            dense = getattr(parameter, "allreduce", True)
+        for master in masters(self._parts):
+            bands, copy = self._bands[master.parameter]
+            flat = master.flat if kind == "model" else master.state[kind.removeprefix("optimizer.")].view(-1)
+            split = getattr(master.parameter, "tensor_model_parallel", False)
+            dense = getattr(master.parameter, "allreduce", True)
             replica = self._mesh.zero.index if dense else parallel_state.get_expert_data_parallel_rank()
             first = self._config.parallel.zero == 1 or replica == 0
             primary = first and not copy and (split or self._mesh.tp.index == 0)
-            yield from band_shards(kind, flat, start, bands, primary)
+            yield from band_shards(kind, flat, master.start, bands, primary)
 
     def _biases(self) -> Iterator[TensorShard]:
         """Yield the routers' biases, which are no parameters and yet part of the model."""
@@ -153,9 +138,7 @@ class MegatronEngine:
 
     def _take_masters(self) -> None:
         """Make the weights those of the masters. Issues one all-gather a bucket over zero under ZeRO-1."""
-        for part in self._parts:
-            if isinstance(part, DistributedOptimizer | Float16OptimizerWithFloat16Params):
-                part._copy_main_params_to_model_params()
+        copy_masters(self._parts)
         if self._config.parallel.zero == 1:
             for chunk in self._chunks:
                 chunk.start_param_sync(force_sync=True)
@@ -206,8 +189,14 @@ class MegatronEngine:
         """Run the schedule; return the loss sums of the microbatches, none except on the last stage."""
         device, size = self._mesh.device, self._config.data.microbatch
         tokens, targets = (self._context.take(part.to(device)) for part in (batch.tokens, batch.targets))
-        documents = None if batch.documents is None else batch.documents.to(device).split(size)
-        rows = list(zip(tokens.split(size), targets.split(size), documents or (None,) * len(tokens)))  # noqa: B905
+        rows: list[Microbatch] = [
+            (
+                tokens[start : start + size],
+                targets[start : start + size],
+                None if batch.documents is None else batch.documents[start : start + size].to(device),
+            )
+            for start in range(0, len(tokens), size)
+        ]
         sources = [iter(rows) for _ in self._chunks]
         with self._on_device():
             found: list[dict[str, Tensor]] = self._run(
@@ -276,14 +265,7 @@ class MegatronEngine:
         self._take_masters()
         self._step = int(str(facts["step"]))
         self._num_updates = int(str(facts["optimizer_updates"]))
-        for part in self._parts:
-            inner = part.optimizer
-            for group in [] if inner is None else inner.param_groups:
-                if "step" in group:
-                    group["step"] = self._num_updates
-                for main in group["params"]:
-                    if "step" in inner.state[main]:
-                        inner.state[main]["step"].fill_(self._num_updates)
+        set_steps(self._parts, self._num_updates)
         scaler = self._scaler()
         if scaler is not None and facts["compute"] == "fp16":
             scaler._scale.fill_(float(str(facts["loss_scale"])))
@@ -325,69 +307,6 @@ def _has_transformer_engine(config: RunConfig) -> bool:
     """Return whether layers are to be Transformer Engine's."""
     wanted = config.engine.transformer_engine == "auto"
     return wanted and importlib.util.find_spec("transformer_engine") is not None
-
-
-def _wrap(config: RunConfig, settings: Any, models: list[nn.Module], device: torch.device) -> list[nn.Module]:
-    """Return the chunks in the compute format, with gradient buffers in fp32."""
-    overlap, sharded = config.engine.overlap, config.parallel.zero == 1
-    buffers = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=overlap,
-        overlap_param_gather=overlap and sharded,
-        use_distributed_optimizer=sharded,
-        bucket_size=(config.parallel.bucket_mib << 20) // 4,
-    )
-    chunks = []
-    for number, model in enumerate(models):
-        model.to(device)
-        part = model if config.precision.compute == "fp32" else Float16Module(settings, model)
-        chunks.append(DistributedDataParallel(settings, buffers, part, disable_bucketing=number > 0))
-    return chunks
-
-
-def _optimizer_config(config: RunConfig) -> OptimizerConfig:
-    """Return what Megatron-Core's optimizer is told; the learning rate is set at every step."""
-    optimizer, precision = config.optimizer, config.precision
-    return OptimizerConfig(
-        optimizer="adam",
-        lr=optimizer.lr,
-        min_lr=0.0,
-        weight_decay=optimizer.weight_decay,
-        adam_beta1=optimizer.betas[0],
-        adam_beta2=optimizer.betas[1],
-        adam_eps=optimizer.eps,
-        clip_grad=optimizer.clip_norm,
-        bf16=precision.compute == "bf16",
-        fp16=precision.compute == "fp16",
-        params_dtype=DTYPES[precision.compute],
-        initial_loss_scale=precision.initial_loss_scale,
-        loss_scale_window=precision.loss_scale_window,
-        hysteresis=1,
-        use_distributed_optimizer=config.parallel.zero == 1,
-        overlap_param_gather=config.engine.overlap and config.parallel.zero == 1,
-    )
-
-
-def _is_sharded(part: Any) -> bool:
-    return isinstance(part, DistributedOptimizer)
-
-
-def _pairs(part: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Yield the parameters of an optimizer with their masters, in fp32."""
-    if _is_sharded(part):
-        groups = [
-            *zip(part.model_float16_groups, part.shard_fp32_from_float16_groups, strict=True),
-            *zip(part.model_fp32_groups, part.shard_fp32_groups, strict=True),
-        ]
-    elif isinstance(part, Float16OptimizerWithFloat16Params):
-        groups = [
-            *zip(part.float16_groups, part.fp32_from_float16_groups, strict=True),
-            *((group, group) for group in part.fp32_from_fp32_groups),
-        ]
-    else:
-        groups = [] if part.optimizer is None else [(g["params"], g["params"]) for g in part.optimizer.param_groups]
-    for models, mains in groups:
-        yield from zip(models, mains, strict=True)
 
 
 def _bare(chunk: Any) -> Any:

@@ -163,7 +163,9 @@ def _layers(model: ModelConfig, stage: StagePlan, engine: bool, attend: Attend |
     """Return the make-up of a stage's layers and of the last norm."""
     norm: Any = _norm_of(model)
     if engine:
-        from megatron.core.extensions.transformer_engine import TENorm as norm  # noqa: N813
+        from megatron.core.extensions import transformer_engine
+
+        norm = transformer_engine.TENorm
     specs = [_spec(model, model.has_experts(layer), engine, attend) for layer in stage.layers]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
 
