@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import math
 import multiprocessing
+import os
 import signal
 import tempfile
 import time
@@ -64,6 +65,8 @@ def one_thread(rank: int) -> torch.device:
 def _serve(connection: Connection, rank: int, folder: str, timeout_seconds: float, prepare: Prepare) -> None:
     """Run jobs until the parent hangs up. Issues one rendezvous and one barrier a job."""
     die_with_launcher()
+    # What a library prints is no part of the command's answer.
+    os.dup2(2, 1)
     # Ctrl-C reaches the whole terminal; the parent ends its ranks.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     pin_loopback()
