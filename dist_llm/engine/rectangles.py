@@ -4,7 +4,7 @@
     [ b b b b ]   part of a row (a), whole rows (b), part of a row (c). Three rectangles, each a view of the buffer.
     [ c c . . ]
 
-A stored tensor is made of bands of rows, each a part of one logical tensor (of a fused QKV matrix a band a head group).
+A stored tensor is made of bands, each a part of one logical tensor (a fused QKV matrix has three for each head group).
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from dist_llm.types import TensorShard
 
 @dataclass(frozen=True)
 class Band:
-    """Rows [row, row + rows) of a stored tensor: the part at `offsets` of the logical tensor `name` of `shape`."""
+    """A run of a stored tensor's elements, from `begin` on: `sizes` of them at `offsets` of a logical tensor."""
 
     name: str
     shape: tuple[int, ...]
     offsets: tuple[int, ...]
-    row: int
-    rows: int
+    sizes: tuple[int, ...]
+    begin: int = 0
 
 
 @dataclass(frozen=True)
 class Rectangle:
-    """`sizes` elements at `offsets` of a stored tensor, the first of them `begin` elements into a flat range of it."""
+    """`sizes` elements at `offsets` of a tensor, the first of them `begin` elements into a flat range of it."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -62,19 +62,16 @@ def _in_row(shape: Sequence[int], index: int, start: int, stop: int, begin: int)
         yield Rectangle((index, *inner.offsets), (1, *inner.sizes), begin + inner.begin)
 
 
-def band_shards(
-    kind: str, flat: Tensor, start: int, shape: Sequence[int], bands: Sequence[Band], primary: bool
-) -> Iterator[TensorShard]:
-    """Yield what elements [start, start + len(flat)) of a stored tensor of `shape` are of logical tensors.
+def band_shards(kind: str, flat: Tensor, start: int, bands: Sequence[Band], primary: bool) -> Iterator[TensorShard]:
+    """Yield what elements [start, start + len(flat)) of a stored tensor are of logical tensors.
 
     The shards are views of `flat`, so a load writes there; what lies past a logical shape (padding) is left out.
     kind: `model`, `optimizer.exp_avg` or `optimizer.exp_avg_sq`. primary: this rank is the one that saves them.
     """
-    row = math.prod(shape[1:])
     for band in bands:
-        low, high = max(start, band.row * row), min(start + flat.numel(), (band.row + band.rows) * row)
-        inside = (band.rows, *shape[1:])
-        for rect in rectangles(inside, low - band.row * row, high - band.row * row) if low < high else ():
+        low = max(start, band.begin)
+        high = min(start + flat.numel(), band.begin + math.prod(band.sizes))
+        for rect in rectangles(band.sizes, low - band.begin, high - band.begin):
             view = flat.narrow(0, low - start + rect.begin, math.prod(rect.sizes)).view(rect.sizes)
             offsets = tuple(at + more for at, more in zip(band.offsets, rect.offsets, strict=True))
             for dim, (at, limit) in enumerate(zip(offsets, band.shape, strict=True)):
