@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from unittest.mock import patch
-
-import torch.distributed as dist
-
 from dist_llm.config.run import RunConfig
 from dist_llm.engine.native import NativeEngine
+from dist_llm.errors import EngineUnavailable
 from dist_llm.runtime.mesh import Mesh
+from dist_llm.types import Batch, StepResult
+from tests.parallel.faults import planted
 
 
 def sound(config: RunConfig, mesh: Mesh) -> NativeEngine:
@@ -26,18 +24,40 @@ def other_rate(config: RunConfig, mesh: Mesh) -> NativeEngine:
 
 
 class LostSum(NativeEngine):
-    """An engine whose ranks keep their own gradients: what should sum them over data ranks leaves them as they are."""
+    """An engine that drops the sum of partial gradients."""
 
-    def finish_gradients(self) -> None:
-        """Finish with every all-reduce dropped."""
-        with ExitStack() as faults:
-            faults.enter_context(patch.object(dist, "all_reduce", lambda *args, **kwargs: None))
-            super().finish_gradients()
+    fault = "gradient all-reduce dropped"
+
+    def train_step(self, batch: Batch) -> StepResult:
+        """Step with the fault in place."""
+        with planted(self.fault):
+            return super().train_step(batch)
+
+
+class Averaged(LostSum):
+    """An engine whose ZeRO averages gradients instead of summing them."""
+
+    fault = "ZeRO averages gradients"
 
 
 def lost_sum(config: RunConfig, mesh: Mesh) -> NativeEngine:
-    """Return an engine that drops the sum of gradients under deepspeed's name."""
+    """Return an engine that drops a sum of gradients under deepspeed's name."""
     return LostSum(config, mesh) if config.engine.name == "deepspeed" else NativeEngine(config, mesh)
+
+
+def averaged(config: RunConfig, mesh: Mesh) -> NativeEngine:
+    """Return an engine that averages gradients under deepspeed's name, from when it is built."""
+    if config.engine.name != "deepspeed":
+        return NativeEngine(config, mesh)
+    with planted(Averaged.fault):
+        return Averaged(config, mesh)
+
+
+def missing(config: RunConfig, mesh: Mesh) -> NativeEngine:
+    """Return the native engine, but none under deepspeed's name."""
+    if config.engine.name == "deepspeed":
+        raise EngineUnavailable("pip install 'dist-llm[deepspeed]'")
+    return NativeEngine(config, mesh)
 
 
 class Forgetful(NativeEngine):
