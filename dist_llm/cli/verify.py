@@ -1,4 +1,4 @@
-"""`dist-llm verify`: is this config the same training on every layout, after an interruption, and at every width?"""
+"""`dist-llm verify`: is this the same training on every layout and engine, after an interruption, at every width?"""
 
 from __future__ import annotations
 
@@ -76,6 +76,51 @@ def resume(arguments: argparse.Namespace) -> Answer:
     return _answer(verify_resume(config, steps=arguments.steps, report=_reporter(arguments)))
 
 
+_ENGINES = """\
+Every engine that is installed and can train the model runs the same steps from the same weights and data, in fp32 on
+CPU ranks of its own: in small layouts (data, tensor, sequence, pipeline, interleaved, context and expert parallel, ZeRO
+1, 2 and 3) and in the config's, as far as its rules allow. Each is compared with the native engine in the same layout,
+which `verify layout` compares with one process: loss to 2e-5, gradient norm to 1e-4 and weights to 1e-4, relative. Then
+each one's checkpoint of half way is resumed on each other one, in the first layout that both can run, and what follows
+is held to the same bounds. The optimizer's recipe is the config's: where warm-up is short, Adam's first steps turn
+rounding into more than that."""
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Take a config, and which engines to compare in which layouts for how long."""
+    parser.epilog = _ENGINES
+    add_config(parser)
+    parser.add_argument(
+        "--engines",
+        default="all",
+        metavar="NAMES",
+        help="a comma list of engines to compare with native, such as native,deepspeed (default: all)",
+    )
+    parser.add_argument("--layouts", default="all", metavar="TEXT", help="only layouts named with TEXT")
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="steps to train (default 20)")
+    parser.add_argument("--no-switch", action="store_true", help="do not resume one engine's checkpoint on another")
+    add_json(parser)
+
+
+def engine(arguments: argparse.Namespace) -> Answer:
+    """Train on every engine, and compare."""
+    _require_steps(arguments.steps)
+    config = load_config(compose_arguments(arguments), None)
+    from dist_llm.train.engines import read_names
+    from dist_llm.train.verify_engine import verify_engine
+
+    return _answer(
+        verify_engine(
+            config,
+            engines=read_names("--engines", arguments.engines),
+            layouts=arguments.layouts,
+            steps=arguments.steps,
+            switch=not arguments.no_switch,
+            report=_reporter(arguments),
+        )
+    )
+
+
 def _require_steps(steps: int) -> None:
     """Refuse a number of steps that proves nothing."""
     if not 1 <= steps <= 10**6:
@@ -140,16 +185,17 @@ def _words(key: str) -> str:
 
 
 def _shown(value: object) -> str:
-    """Return a value of a report: differences to two digits, a list as its words, truth as yes or no."""
+    """Return a value of a report: differences to two digits, a list as its words, truth as yes or no, - for nothing."""
     if isinstance(value, bool):
         return "yes" if value else "NO"
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value)) or "none"
-    return f"{value:.2g}" if isinstance(value, float) else str(value) or "-"
+    return f"{value:.2g}" if isinstance(value, float) else str("" if value is None else value) or "-"
 
 
 COMMANDS = {
     "layout": Command("train in one process and in many layouts, and compare", add_layout_arguments, layout),
     "resume": Command("stop, resume, and compare with the run that was never stopped", add_resume_arguments, resume),
+    "engine": Command("train on every engine that is installed, and compare", add_engine_arguments, engine),
     "coordinates": COORDINATES,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import resource
 import sys
 from pathlib import Path
@@ -71,3 +72,8 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done all that was queued on it; nothing to wait for on CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def device_name(device: torch.device) -> str:
+    """Return what the hardware calls itself: the CUDA device's name, or the processor's architecture."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()

@@ -43,16 +43,26 @@ def start_process(ranks: RankInfo, device: str, timeout_seconds: float, threads:
     """
     if ranks.world_size > 1:
         die_with_launcher()
-    chosen = resolve_device(device, ranks.local_rank)
-    _set_threads(threads if threads is not None else max(1, usable_cores() // ranks.local_world_size))
+    chosen = prepare_rank(device, ranks.local_world_size, threads, ranks.local_rank)
+    if ranks.one_node:
+        pin_loopback()
+    _join_group(ranks, backend_for(chosen), timedelta(seconds=timeout_seconds))
+    atexit.register(stop_process)
+    return chosen
+
+
+def prepare_rank(device: str, local_world_size: int, threads: int | None, local_rank: int) -> torch.device:
+    """Give this process the threads, allocator and device that a rank of a run has; return the device.
+
+    threads None: the node's cores shared out over its `local_world_size` ranks. Issues no collective.
+    Raises ConfigError for a device that is not there.
+    """
+    chosen = resolve_device(device, local_rank)
+    _set_threads(threads if threads is not None else max(1, usable_cores() // local_world_size))
     if chosen.type == "cpu":
         _keep_freed_memory()
     else:
         torch.cuda.set_device(chosen)
-    if ranks.one_node:
-        pin_loopback()
-    _join_group(ranks, _backend(chosen), timedelta(seconds=timeout_seconds))
-    atexit.register(stop_process)
     return chosen
 
 
@@ -168,7 +178,7 @@ def pin_loopback() -> None:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", names[0])
 
 
-def _backend(device: torch.device) -> str:
+def backend_for(device: torch.device) -> str:
     """Return the backend of the default group for a device."""
     if device.type == "cpu":
         return "gloo"

@@ -111,8 +111,8 @@ def weights_of(traces: list[Trace]) -> list[Rectangle]:
 def compare(case: Case, traces: list[Trace], one: list[Trace], precision: str, seconds: float) -> Difference:
     """Return how far the ranks of a case are from one process; what is missing or not a number differs infinitely."""
     bounds, left_out = BOUNDS[precision], without_gradient(one)
-    weight, worst = _worst(tensor_gaps(weights_of(traces), weights_of(one), left_out))
-    gradient, worst_gradient = _worst(tensor_gaps(gradients_of(traces), gradients_of(one), left_out))
+    weight, worst = worst_gap(tensor_gaps(weights_of(traces), weights_of(one), left_out))
+    gradient, worst_gradient = worst_gap(tensor_gaps(gradients_of(traces), gradients_of(one), left_out))
     loss = max(largest_gap(trace.losses, one[0].losses) for trace in traces)
     norm = max(largest_gap(trace.grad_norms, one[0].grad_norms) for trace in traces)
     share = key_bias_share(traces)
@@ -127,6 +127,6 @@ def compare(case: Case, traces: list[Trace], one: list[Trace], precision: str, s
     return Difference(case.name, *gaps, round(seconds, 2), ok)
 
 
-def _worst(gaps: dict[str, float]) -> tuple[float, str]:
+def worst_gap(gaps: dict[str, float]) -> tuple[float, str]:
     """Return the largest gap and its tensor; no name where there is no gap."""
     return max(((gap, name) for name, gap in gaps.items() if gap > 0), default=(0.0, ""))

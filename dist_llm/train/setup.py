@@ -26,7 +26,7 @@ from dist_llm.errors import ConfigError, DataError, DistLLMError, ExitCode, Viol
 from dist_llm.runtime.device import peak_memory_gib
 from dist_llm.runtime.log import get_logger
 from dist_llm.runtime.mesh import build_control_group, build_mesh
-from dist_llm.runtime.process import is_peer_loss, start_process, stop_process, usable_cores
+from dist_llm.runtime.process import is_peer_loss, start_process, stop_process
 from dist_llm.runtime.ranks import RankInfo
 from dist_llm.runtime.seed import set_determinism
 from dist_llm.telemetry.live import LiveLine
@@ -41,6 +41,7 @@ from dist_llm.train.interrupt import Interruption
 from dist_llm.train.lock import lock_run
 from dist_llm.train.loop import Hook, Span, loop
 from dist_llm.train.numerics import NumericsGuard
+from dist_llm.train.peak import peak_flops
 from dist_llm.types import StepRecord
 
 log = get_logger(__name__)
@@ -229,15 +230,11 @@ class _Run:
 
     def _meter(self, tokens: int) -> Meter:
         config = self._config
-        cluster = config.cluster
-        peak = getattr(cluster.peak_tflops, config.precision.name) * 1e12
-        on_cuda = self._device.type == "cuda"
-        devices = dist.get_world_size() if on_cuda else (cluster.devices_per_node or usable_cores()) * self._nodes
-        known = cluster.device == self._device.type
+        peak = peak_flops(config, self._device.type, dist.get_world_size(), self._nodes)
         flops = step_flops(config.model, config.data.seq_len, config.data.global_batch)
         per_token = flops / (config.data.seq_len * config.data.global_batch)
         device = self._device
-        return Meter(per_token, peak * devices if known else None, lambda: peak_memory_gib(device), tokens)
+        return Meter(per_token, peak, lambda: peak_memory_gib(device), tokens)
 
     def _rank_0_hooks(self, done: int, closers: contextlib.ExitStack) -> list[Hook]:
         """Return the hooks that write and show, to be closed by `closers`; other ranks have none."""

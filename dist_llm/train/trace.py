@@ -69,6 +69,15 @@ class Trace:
     look: Look | None = None
 
 
+KEY_BIAS = "attention.wk.bias"
+"""How the name of a layer's key bias ends."""
+
+
+def has_idle_key_bias(model: ModelConfig) -> bool:
+    """Return whether key biases, where there are any, have no true gradient: nothing acts on the key after them."""
+    return model.position != "rope" and not model.qk_norm
+
+
 class KeyBias:
     """Notes the norm of this rank's primary key-bias gradients at each step, before the optimizer rescales them.
 
@@ -77,7 +86,7 @@ class KeyBias:
 
     def __init__(self, engine: NativeEngine, model: ModelConfig) -> None:
         self._engine = engine
-        self._adds_alike = model.position != "rope" and not model.qk_norm
+        self._adds_alike = has_idle_key_bias(model)
         self.norms: list[dict[str, float]] = []
 
     def observe(self, phase: str) -> None:
@@ -89,7 +98,7 @@ class KeyBias:
             {
                 name: gradient.double().norm().item()
                 for name, gradient in gradients.items()
-                if gradient is not None and self._adds_alike and name.endswith("attention.wk.bias")
+                if gradient is not None and self._adds_alike and name.endswith(KEY_BIAS)
             }
         )
 

@@ -22,12 +22,13 @@ from dist_llm.data.indexed import IndexedDataset
 from dist_llm.data.loader import TokenLoader
 from dist_llm.data.prepare import prepare
 from dist_llm.data.tokenizer import Tokenizer
-from dist_llm.engine.native import NativeEngine
+from dist_llm.engine.build import build_engine
 from dist_llm.errors import ConfigError, Violation
 from dist_llm.runtime.mesh import build_control_group, build_mesh
 from dist_llm.runtime.pool import WorkerPool
 from dist_llm.runtime.seed import set_determinism
 from dist_llm.train.checkpoints import Checkpoints
+from dist_llm.train.engines import Build
 from dist_llm.train.identity import identity_of, layout_of, recipe_of
 from dist_llm.train.layouts import MOST_RANKS, ranks_for
 from dist_llm.train.trace import Rectangle, assemble
@@ -50,25 +51,26 @@ EXPERT_MOVES: tuple[Mapping[str, object], ...] = (
 
 @dataclass
 class Outcome:
-    """What a rank reports: losses by step, the samples it read by step, and its primary rectangles of all state."""
+    """What a rank reports: losses, gradient norms and samples read by step, and its primary rectangles of all state."""
 
     losses: dict[int, float]
+    grad_norms: dict[int, float]
     samples: dict[int, list[tuple[int, str]]]
     state: list[Rectangle]
 
 
 @dataclass(frozen=True)
 class Leg:
-    """A part of a run: load what was saved at `start` (if not 0), train to `stop`, save there when asked."""
+    """A part of a run: load what was saved at `start` (if not 0), train to `stop`, save on the way when asked."""
 
     start: int
     stop: int
-    keep: bool = False
+    save_at: int | None = None
 
 
-def run_leg(config: RunConfig, prefix: Path, eos_id: int, root: Path, leg: Leg) -> Outcome:
+def run_leg(config: RunConfig, prefix: Path, eos_id: int, root: Path, leg: Leg, build: Build = build_engine) -> Outcome:
     """Run one leg in the current process group. Collectives: the engine's, and those of save and load."""
-    engine = NativeEngine(config, build_mesh(config.parallel, torch.device("cpu")))
+    engine = build(config, build_mesh(config.parallel, torch.device("cpu")))
     loader = TokenLoader(
         IndexedDataset(prefix), config.data, config.run.seed, engine.data_slice, eos_id, config.model.vocab_size
     )
@@ -86,16 +88,17 @@ def run_leg(config: RunConfig, prefix: Path, eos_id: int, root: Path, leg: Leg) 
     set_determinism(config.run.seed + dist.get_rank(), config.run.deterministic)
     if leg.start:
         checkpoints.restore(must=True)
-    losses, samples = {}, {}
+    outcome = Outcome({}, {}, {}, [])
     for step in range(leg.start, leg.stop):
         batch = loader.batch(step)
-        samples[step] = [_sample(*row) for row in zip(batch.samples.tolist(), batch.tokens, strict=True)]
-        losses[step] = engine.train_step(batch).loss
-    if leg.keep:
-        checkpoints.save(leg.stop, tokens=0)
-    held = [(s.name, s.shape, s.offsets, s.data.numpy().copy()) for s in engine.state().tensors if s.primary]
+        outcome.samples[step] = [_sample(*row) for row in zip(batch.samples.tolist(), batch.tokens, strict=True)]
+        result = engine.train_step(batch)
+        outcome.losses[step], outcome.grad_norms[step] = result.loss, result.grad_norm
+        if leg.save_at == step + 1:
+            checkpoints.save(step + 1, tokens=0)
+    outcome.state = [(s.name, s.shape, s.offsets, s.data.numpy().copy()) for s in engine.state().tensors if s.primary]
     engine.close()
-    return Outcome(losses, samples, held)
+    return outcome
 
 
 def _digests(outcomes: list[Outcome]) -> dict[str, str]:
@@ -136,7 +139,7 @@ def verify_resume(
         middle = max(1, steps // 2)
         for stop in sorted({1, middle, max(1, steps - 1)}):
             root = Path(folder) / f"stop-{stop}"
-            run(Leg(0, stop, keep=True), root)
+            run(Leg(0, stop, save_at=stop), root)
             resumed = run(Leg(stop, steps), root)
             tail = {step: loss for step, loss in whole[0].losses.items() if step >= stop}
             rows.append(

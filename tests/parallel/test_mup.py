@@ -123,7 +123,7 @@ def test_resume_is_exact_and_another_setting_is_another_model(pool: WorkerPool, 
         return outcomes[0]
 
     whole = run(Leg(0, 4), "whole")
-    run(Leg(0, 2, keep=True), "stopped")
+    run(Leg(0, 2, save_at=2), "stopped")
     resumed = run(Leg(2, 4), "stopped")
     assert resumed.losses == {step: whole.losses[step] for step in (2, 3)}
     assert all((mine[3] == theirs[3]).all() for mine, theirs in zip(resumed.state, whole.state, strict=True))

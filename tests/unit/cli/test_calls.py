@@ -129,6 +129,87 @@ def test_verify_resume_compares(replace: Callable[[str, Any], _Call]) -> None:
     assert call.kwargs["steps"] == 4
 
 
+def test_verify_engine_compares(replace: Callable[[str, Any], _Call], capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"layout": "dp2", "engine": "deepspeed", "loss": 3.21e-7, "grad_norm": None, "ok": False}
+    facts = {"ok": False, "layouts": [row], "left_out": {"megatron": "pip install 'dist-llm[megatron]'"}}
+    call = replace("dist_llm.train.verify_engine.verify_engine", facts)
+    words = ["verify", "engine", "--engines", "native,deepspeed", "--steps", "4", "--layouts", "data", "--no-switch"]
+    assert main(words) == ExitCode.NUMERICS
+    assert {name: call.kwargs[name] for name in ("engines", "layouts", "steps", "switch")} == {
+        "engines": ("native", "deepspeed"),
+        "layouts": "data",
+        "steps": 4,
+        "switch": False,
+    }
+    assert capsys.readouterr().out.splitlines() == [
+        "",
+        "layout  engine     loss     grad norm  ok",
+        "dp2     deepspeed  3.2e-07  -          NO",
+        "",
+        "left out: megatron pip install 'dist-llm[megatron]'",
+        "NOT EQUAL",
+    ]
+
+
+BENCH_ROW = {
+    "engine": "native",
+    "step_seconds": 0.5,
+    "fastest_step_seconds": 0.25,
+    "slowest_step_seconds": 1.0,
+    "tokens_per_second": 4096.0,
+    "ratio": 1.0,
+    "least_ratio": 1.0,
+    "greatest_ratio": 1.0,
+    "mfu": 0.125,
+    "peak_memory_gib": 0.5,
+    "state_bytes": 2**20,
+    "collectives": 3,
+    "sent_bytes": 2**21,
+    "loss": 2.0,
+}
+BENCH_TRAFFIC = {
+    "engine": "native",
+    "kind": "send",
+    **dict.fromkeys(("count", "all_count"), 3),
+    **{f"{which}{what}_bytes": 2**21 for which in ("", "all_") for what in ("payload", "sent")},
+}
+BENCH_SETTING = dict.fromkeys(
+    ("layout", "batch", "precision", "device", "processor", "cores", "threads", "torch", "steps", "repeats"), 1
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "engines"),
+    [
+        ([], None),
+        (["engine=all"], None),
+        (["engine=native"], ("native",)),
+        (["engine=deepspeed"], ("native", "deepspeed")),
+        (["engine.name=megatron"], ("native", "megatron")),
+        (["engine=[megatron,deepspeed]", "engine.overlap=false"], ("megatron", "deepspeed")),
+    ],
+    ids=str,
+)
+def test_bench_step_times_engines(
+    words: list[str],
+    engines: tuple[str, ...] | None,
+    replace: Callable[[str, Any], _Call],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = {"engines": [BENCH_ROW], "collectives": [BENCH_TRAFFIC], "left_out": {"megatron": "it is missing"}}
+    call = replace("dist_llm.train.bench_step.bench_step", {**BENCH_SETTING, **rows})
+    assert main(["bench", "step", *words, "--steps", "2", "--repeats", "7"]) == 0
+    assert {name: call.kwargs[name] for name in ("engines", "steps", "repeats")} == {
+        "engines": engines,
+        "steps": 2,
+        "repeats": 7,
+    }
+    lines = capsys.readouterr().out.splitlines()
+    native = "native  500.0 (250.0-1000.0)     4,096  1.000 (1.000-1.000)      2.00            3     0.500       1.00"
+    assert f"{native}  12.5 %  2.000000" in lines
+    assert "left out: megatron: it is missing" in lines
+
+
 def test_generate_passes_all_on(replace: Callable[[str, Any], _Call], capsys: pytest.CaptureFixture[str]) -> None:
     call = replace("dist_llm.evaluate.generate.generate_text", "def f(): pass")
     words = [

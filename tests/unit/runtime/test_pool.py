@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,49 @@ def test_caches_of_torch_keep_no_groups(pool: WorkerPool) -> None:
     for size in (2, 3, 4):
         pool.run(shard_once, size, world=1)
     assert pool.run(threads, world=1) == after_one
+
+
+def counted_up(start: int) -> Iterator[tuple[int, int]]:
+    """Yield how often it was asked, and the sum of that over ranks; fail on the last rank when asked a fourth time."""
+    for asked in range(start, start + 4):
+        total = torch.tensor(asked)
+        dist.all_reduce(total)
+        if asked == 3 and dist.get_rank() == dist.get_world_size() - 1:
+            raise KeyError("wq")
+        yield asked, int(total)
+
+
+def test_a_generator_goes_on_where_it_was() -> None:
+    with WorkerPool(2, timeout_seconds=5.0) as own:
+        assert list(own.stream(counted_up, 10, world=2)) == [[(n, 2 * n)] * 2 for n in range(10, 14)]
+        two = own.stream(counted_up, 4, world=2)
+        assert next(two) == [(4, 8), (4, 8)]
+        two.close()  # type: ignore[attr-defined]
+        assert own.run(rank_times, 2, world=2) == [0, 2]
+
+
+def test_a_generator_that_fails_ends_with_its_traceback() -> None:
+    with WorkerPool(2, timeout_seconds=5.0) as own:
+        values = own.stream(counted_up, 2, world=2)
+        assert next(values) == [(2, 4), (2, 4)]
+        with pytest.raises(RankFailure, match=r"(?s)rank 1: Traceback.*KeyError: 'wq'"):
+            next(values)
+        assert own.run(rank_times, 3, world=2) == [0, 3]
+
+
+def two_threads(rank: int) -> torch.device:
+    """Compute with two threads."""
+    torch.set_num_threads(2)
+    return torch.device("cpu")
+
+
+def refuse(rank: int) -> torch.device:
+    """Find no device."""
+    raise DataError("there is no such device")
+
+
+def test_ranks_are_prepared_as_asked() -> None:
+    with WorkerPool(1, prepare=two_threads) as own:
+        assert own.run(torch.get_num_threads, world=1) == [2]
+    with WorkerPool(1, prepare=refuse) as own, pytest.raises(DataError, match="no such device"):
+        own.run(rank_times, 2, world=1)

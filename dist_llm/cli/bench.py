@@ -1,0 +1,140 @@
+"""`dist-llm bench`: how fast is it here? A training step on several engines, in one table and one JSON object."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dist_llm.cli.parse import Answer, Command, add_config, add_json
+from dist_llm.errors import ConfigError, Violation
+
+if TYPE_CHECKING:
+    from dist_llm.config.run import RunConfig
+
+_STEP = """\
+engine=NAMES says which engines: a comma list (engine=native,deepspeed), one, which is then compared with native, or
+all. Without it, or with all, every engine that is installed and can run the config's layout is timed, and the others
+are listed with the reason. The ranks are started on this machine, launcher.nproc of them or as many as the layout
+takes, with the threads that a run's ranks have, and each engine has its own. They take turns, a round each, while the
+others wait: a step that is not timed and --steps that are. Tokens are random: no data are needed. Figures:
+  ms a step     the median over rounds of the slowest rank's mean, and the range of rounds
+  ratio         of tokens a second to native's in the same round, the median and range of rounds
+  sent          MiB that leave the rank with most in a step, each collective counted as a ring's, and how many these are
+  peak memory   of the rank with most: resident, the engine's libraries included; on CUDA what torch allocated
+  state         MiB of parameters and optimizer state on the rank with most"""
+
+
+def add_step_arguments(parser: argparse.ArgumentParser) -> None:
+    """Take a config, engines, and how long to measure."""
+    parser.epilog = _STEP
+    add_config(parser)
+    parser.add_argument("--steps", type=int, default=5, metavar="N", help="timed steps of a round (default 5)")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="rounds of each engine (default 5)")
+    add_json(parser)
+
+
+def step(arguments: argparse.Namespace) -> Answer:
+    """Time a step on engines side by side."""
+    for option in ("steps", "repeats"):
+        if not 1 <= getattr(arguments, option) <= 10**4:
+            raise ConfigError([Violation(f"--{option}", getattr(arguments, option), "must be from 1 to 10000")])
+    named, arguments.overrides = take_engines(arguments.overrides)
+    config = _decoded(arguments)
+    from dist_llm.runtime.log import configure_logging, get_logger
+    from dist_llm.train.bench_step import bench_step
+    from dist_llm.train.engines import read_names, with_reference
+
+    engines: Sequence[str] | None = None
+    if named is None and config.engine.name != "native":
+        named = config.engine.name
+    if named not in (None, "all"):
+        engines = read_names("engine", str(named))
+        engines = with_reference(engines) if len(engines) == 1 else engines
+    configure_logging(0, arguments.debug)
+    report = get_logger("cli.bench").info
+    facts = bench_step(config, engines=engines, steps=arguments.steps, repeats=arguments.repeats, report=report)
+    return Answer(describe(facts), facts)
+
+
+def take_engines(overrides: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Return what `engine=` says last, None without it, and the other overrides: it may name more than one preset."""
+    mine = [text for text in overrides if text.startswith("engine=")]
+    value = mine[-1].partition("=")[2].strip("'\"[]") if mine else None
+    return value, [text for text in overrides if text not in mine]
+
+
+def _decoded(arguments: argparse.Namespace) -> RunConfig:
+    """Return the config; rules are left to each engine. Raises ConfigError with every slip in a setting."""
+    from dist_llm.cli.parse import compose_arguments
+    from dist_llm.config.checks import check
+    from dist_llm.config.decode import decode_partly
+
+    composed = compose_arguments(arguments)
+    decoded = decode_partly(composed.tree)
+    if slips := [*composed.violations, *decoded.violations]:
+        unusable = decoded.unusable | frozenset(composed.unusable)
+        raise ConfigError([*slips, *check(decoded.config, None, unusable)])
+    return decoded.config
+
+
+_SETTING = ("layout", "batch", "precision", "device", "processor", "cores", "threads", "torch", "steps", "repeats")
+
+
+def describe(facts: Mapping[str, Any]) -> str:
+    """Return the figures as text: where and what was measured, a table of engines, one of collectives, who is out."""
+    where = "\n".join(f"{name}: {facts[name]}" for name in _SETTING)
+    engines = table([_engine_cells(row) for row in facts["engines"]])
+    traffic = [_traffic_cells(row) for row in facts["collectives"]]
+    left_out = [f"left out: {name}: {why}" for name, why in facts["left_out"].items()]
+    return "\n\n".join([where, engines, table(traffic) if traffic else "no collectives", *left_out])
+
+
+def _engine_cells(row: Mapping[str, Any]) -> dict[str, str]:
+    fastest, median, slowest = (1e3 * row[f"{which}step_seconds"] for which in ("fastest_", "", "slowest_"))
+    return {
+        "engine": row["engine"],
+        "ms a step": f"{median:.1f} ({fastest:.1f}-{slowest:.1f})",
+        "tokens/s": f"{row['tokens_per_second']:,.0f}",
+        "ratio": f"{row['ratio']:.3f} ({row['least_ratio']:.3f}-{row['greatest_ratio']:.3f})",
+        "sent MiB": _mib(row["sent_bytes"]),
+        "collectives": str(row["collectives"]),
+        "peak GiB": f"{row['peak_memory_gib']:.3f}",
+        "state MiB": _mib(row["state_bytes"]),
+        "MFU": "-" if row["mfu"] is None else f"{100 * row['mfu']:.1f} %",
+        "loss": f"{row['loss']:.6f}",
+    }
+
+
+def _traffic_cells(row: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "engine": row["engine"],
+        "a step's": row["kind"],
+        "of a rank": str(row["count"]),
+        "payload MiB": _mib(row["payload_bytes"]),
+        "sent MiB": _mib(row["sent_bytes"]),
+        "of all ranks": str(row["all_count"]),
+        "payload MiB of all": _mib(row["all_payload_bytes"]),
+        "sent MiB of all": _mib(row["all_sent_bytes"]),
+    }
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.2f}"
+
+
+def table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Return rows of the same keys as aligned lines under a heading: the first column to the left, others right."""
+    cells = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        first, *others = row
+        return "  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]).rstrip()
+
+    return "\n".join(map(line, cells))
+
+
+COMMANDS = {
+    "step": Command("time a training step on several engines side by side", add_step_arguments, step),
+}
