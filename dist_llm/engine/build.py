@@ -10,7 +10,11 @@ from dist_llm.runtime.mesh import Mesh
 
 
 def build_engine(config: RunConfig, mesh: Mesh) -> Engine:
-    """Return the configured engine over the mesh."""
+    """Return the configured engine over the mesh. Raises EngineUnavailable where its library is missing."""
+    if config.engine.name == "deepspeed":
+        from dist_llm.engine.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(config, mesh)
     if config.engine.name != "native":
         raise EngineUnavailable(f"engine={config.engine.name} is not part of this version; use engine=native")
     return NativeEngine(config, mesh)

@@ -14,7 +14,7 @@ from tests.contracts.source import ROOT, Source, imported_modules, python_source
 
 OWN = {"dist_llm", "tests", "docs", "benchmarks"}
 OPTIONAL_FILES = {
-    "dist_llm/engine/deepspeed.py": "deepspeed",
+    "dist_llm/engine/deepspeed_library.py": "deepspeed",
     "dist_llm/engine/megatron.py": "megatron",
     "dist_llm/telemetry/wandb.py": "wandb",
 }
@@ -75,7 +75,7 @@ def test_undeclared_is_seen() -> None:
     found = [finding.split(": ")[1].split()[0] for finding in undeclared([Source("dist_llm/a.py", text)], {"numpy"})]
     assert found == ["yaml", "nowhere_to_be_found", "deepspeed"]
     assert not undeclared([Source("dist_llm/a.py", "import yaml")], {"pyyaml"})
-    assert not undeclared([Source("dist_llm/engine/deepspeed.py", "import deepspeed")], set())
+    assert not undeclared([Source("dist_llm/engine/deepspeed_library.py", "import deepspeed")], set())
 
 
 def test_unpinned_is_seen() -> None:
