@@ -129,7 +129,6 @@ class DeepSpeedEngine:
         count = batch.tokens.shape[0] // size
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
         totals = Totals(0.0, 0)
-        # In its mean over zero the sum's factor is 1 / size; the loss itself is in our unit already.
         self._set_divisor(1.0)
         for index, (tokens, targets, extras) in enumerate(microbatches(batch, size)):
             loss = self._loss(self._engine(tokens, **extras), targets)
@@ -161,8 +160,15 @@ class DeepSpeedEngine:
         return sums
 
     def _update(self, unit: float) -> float:
-        """Let DeepSpeed clip and update; return the norm of the mean's gradient. Its collectives over zero and tp."""
-        self._set_divisor(unit / self._mesh.zero.size)
+        """Let DeepSpeed clip and update; return the norm of the mean's gradient. Its collectives over zero and tp.
+
+        Its gradients are the mean over zero, whose ranks hold parts of a sum.
+        """
+        divisor = unit / self._mesh.zero.size
+        self._set_divisor(divisor)
+        # For bf16 under ZeRO 1 it has an optimizer of its own, which knows no loss scale.
+        for gradients in getattr(self._zero, "fp32_groups_gradients_flat", ()):
+            gradients.div_(divisor)
         self._engine.step()
         return float(self._engine.get_global_grad_norm())
 

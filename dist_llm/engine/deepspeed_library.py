@@ -1,14 +1,14 @@
 """DeepSpeed brought up on our process groups, and taken down again: nothing of it stays for the next layout.
 
-It meets no ranks, reads no MPI, and prints on stderr, where our logs go. Its groups are those of the mesh: ZeRO over
+It meets no ranks, reads no MPI and prints nothing. Its groups are those of the mesh: ZeRO over
 `zero` (dp x cp folded), and as model-parallel ranks those of `tp`, which count in its gradient norm.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from functools import partial
@@ -70,8 +70,8 @@ _INSTALL = "pip install 'dist-llm[deepspeed]'"
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep stdout free, and let DeepSpeed's errors go to our log: its warnings are about settings that we make."""
-    with contextlib.redirect_stdout(sys.stderr):
+    """Drop what DeepSpeed prints, and let its errors go to our log: its warnings are about settings that we make."""
+    with contextlib.redirect_stdout(io.StringIO()):
         yield
     theirs = logging.getLogger("DeepSpeed")
     theirs.handlers = []
@@ -167,6 +167,8 @@ def build_adam(
         log_once(mesh, f"DeepSpeed's {kind.__name__} updates the weights")
         with _quiet():
             adam: torch.optim.Optimizer = kind(groups, **options)
+        if offloaded:
+            adam.register_step_pre_hook(_compute_powers)
         return adam
     log_once(mesh, "torch's AdamW updates the weights")
     return torch.optim.AdamW(groups, fused=True, **options)
@@ -195,6 +197,16 @@ def _host_adam() -> Any:
 
     CPUAdamBuilder().load(verbose=False)
     return DeepSpeedCPUAdam
+
+
+def _compute_powers(adam: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Make DeepSpeed's host Adam compute beta^step in this step, by a step 0 of nothing.
+
+    It multiplies by beta from step to step, which after a resume would differ in the last bit.
+    """
+    group, nothing = adam.param_groups[0], torch.empty(0)
+    rule = (group["lr"], *group["betas"], group["eps"], 0.0, True)
+    adam.ds_opt_adam.adam_update(adam.opt_id, 0, *rule, nothing, nothing, nothing, nothing)
 
 
 def _device_adam() -> Any:
