@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from dist_llm.accounting.stages import plan_stages
 from dist_llm.config.run import RunConfig
+from dist_llm.engine.loss_scale import LossScale
 from dist_llm.engine.megatron_cpu import name_types, prepare_modules
 from dist_llm.engine.megatron_model import build_chunks, chosen_attention
 from dist_llm.engine.megatron_names import Names, is_split
@@ -36,17 +37,16 @@ from dist_llm.engine.megatron_optimizer import (
     wrap_chunks,
 )
 from dist_llm.engine.model import splittable
+from dist_llm.engine.recipe import facts_of, local_batch, restore_facts
 from dist_llm.engine.rectangles import Band, band_shards
 from dist_llm.ops.context_share import ContextShare
 from dist_llm.optim.schedule import learning_rate
 from dist_llm.parallel.cross_entropy import cross_entropy_sum
+from dist_llm.parallel.pipeline import microbatches
 from dist_llm.parallel.shards import LocalShard
 from dist_llm.runtime.cpu_torch import staying_on_cpu
 from dist_llm.runtime.mesh import Mesh
 from dist_llm.types import IGNORE_INDEX, Batch, DataSlice, LossSum, StepResult, TensorShard, TrainState
-
-Microbatch = tuple[Tensor, Tensor, Tensor | None]
-"""Tokens and targets of this rank's share of the sequences, and documents of all of their tokens."""
 
 
 class MegatronEngine:
@@ -108,10 +108,7 @@ class MegatronEngine:
         for master in masters(self._parts):
             master.flat.zero_()
         for shard in self._shards("model"):
-            name = shard.name.removeprefix("model.")
-            extent = tuple(shard.data.shape)
-            facts = (shard.primary, False, False)
-            initialise(LocalShard(name, None, shard.data, shard.shape, shard.offsets, extent, *facts))  # type: ignore[arg-type]
+            initialise(_as_parameter(shard))
         self._take_masters()
 
     def _shards(self, kind: str) -> Iterator[TensorShard]:
@@ -187,16 +184,8 @@ class MegatronEngine:
 
     def _forward_backward(self, batch: Batch, forward_only: bool) -> list[dict[str, Tensor]]:
         """Run the schedule; return the loss sums of the microbatches, none except on the last stage."""
-        device, size = self._mesh.device, self._config.data.microbatch
-        tokens, targets = (self._context.take(part.to(device)) for part in (batch.tokens, batch.targets))
-        rows: list[Microbatch] = [
-            (
-                tokens[start : start + size],
-                targets[start : start + size],
-                None if batch.documents is None else batch.documents[start : start + size].to(device),
-            )
-            for start in range(0, len(tokens), size)
-        ]
+        size = self._config.data.microbatch
+        rows = list(microbatches(local_batch(batch, self._context, self._mesh.device), size))
         sources = [iter(rows) for _ in self._chunks]
         with self._on_device():
             found: list[dict[str, Tensor]] = self._run(
@@ -210,11 +199,13 @@ class MegatronEngine:
             )
         return found
 
-    def _forward(self, source: Iterator[Microbatch], chunk: nn.Module) -> tuple[Tensor, Any]:
+    def _forward(
+        self, source: Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]], chunk: nn.Module
+    ) -> tuple[Tensor, Any]:
         """Run a microbatch through a chunk; return its output and what makes a loss of it."""
-        tokens, targets, documents = next(source)
+        tokens, targets, extras = next(source)
         positions = self._context.positions(tokens.shape[1], tokens.device).expand_as(tokens)
-        mask = None if documents is None or self._attend is None else self._attend.mask(documents)
+        mask = None if self._attend is None or "documents" not in extras else self._attend.mask(extras["documents"])
         return chunk(tokens, positions, mask), partial(self._loss, targets)
 
     def _loss(
@@ -227,9 +218,10 @@ class MegatronEngine:
 
     def _scaled(self, loss: Tensor) -> Tensor:
         """Return a loss in the unit of a backward, the native engine's: the loss scale over a microbatch's tokens."""
-        scaler = self._scaler()
         unit = loss / self._microbatch_tokens
-        return unit if scaler is None else unit * scaler.scale
+        for scaler in self._scalers()[:1]:
+            unit = unit * scaler.scale
+        return unit
 
     def _finish_gradients(self, chunks: list[nn.Module], num_tokens: Tensor | None = None, **more: Any) -> None:
         """Let Megatron-Core finish the gradients and divide them by the counted tokens of the global batch."""
@@ -250,30 +242,30 @@ class MegatronEngine:
         """Return model and optimizer rectangles by logical name, and the facts that are not tensors."""
         kinds = ("model", "optimizer.exp_avg", "optimizer.exp_avg_sq")
         tensors = (*(shard for kind in kinds for shard in self._shards(kind)), *self._biases())
-        scaler = self._scaler()
-        facts: dict[str, object] = {
-            "step": self._step,
-            "optimizer_updates": self._num_updates,
-            "compute": self._config.precision.compute,
-            "loss_scale": 1.0 if scaler is None else float(scaler.scale),
-            "loss_scale_good_steps": 0 if scaler is None else scaler._growth_tracker,
-        }
-        return TrainState(tensors, facts)
+        return TrainState(
+            tensors, facts_of(self._step, self._num_updates, self._config.precision.compute, self._loss_scale())
+        )
 
     def restore(self, facts: dict[str, object]) -> None:
         """Take over masters that were loaded in place, step and update count, and a loss scale where both use one."""
         self._take_masters()
-        self._step = int(str(facts["step"]))
-        self._num_updates = int(str(facts["optimizer_updates"]))
+        scale = self._loss_scale()
+        self._step, self._num_updates = restore_facts(facts, self._config.precision.compute, scale)
         set_steps(self._parts, self._num_updates)
-        scaler = self._scaler()
-        if scaler is not None and facts["compute"] == "fp16":
-            scaler._scale.fill_(float(str(facts["loss_scale"])))
-            scaler._growth_tracker = int(str(facts["loss_scale_good_steps"]))
+        for scaler in self._scalers():
+            scaler._scale.fill_(scale.value)
+            scaler._growth_tracker = scale.good_steps
 
-    def _scaler(self) -> Any:
-        """Return the loss scaler of fp16, or None."""
-        return getattr(self._parts[0], "grad_scaler", None) if self._config.precision.compute == "fp16" else None
+    def _scalers(self) -> list[Any]:
+        """Return the loss scalers of the optimizers, which stay alike; none but under fp16."""
+        return [part.grad_scaler for part in self._parts if getattr(part, "grad_scaler", None) is not None]
+
+    def _loss_scale(self) -> LossScale:
+        """Return the loss scale as it is now."""
+        scale = LossScale.build(self._config.precision)
+        for scaler in self._scalers()[:1]:
+            scale.value, scale.good_steps = float(scaler.scale), scaler._growth_tracker
+        return scale
 
     def close(self) -> None:
         """Drop the model and Megatron-Core's groups and buffers."""
@@ -307,6 +299,14 @@ def _has_transformer_engine(config: RunConfig) -> bool:
     """Return whether layers are to be Transformer Engine's."""
     wanted = config.engine.transformer_engine == "auto"
     return wanted and importlib.util.find_spec("transformer_engine") is not None
+
+
+def _as_parameter(shard: TensorShard) -> LocalShard:
+    """Return a rectangle of a master as a parameter of its own, for its initial values."""
+    name, extent = shard.name.removeprefix("model."), tuple(shard.data.shape)
+    alone = nn.Parameter(shard.data, requires_grad=False)
+    kinds = {"primary": shard.primary, "partial": False, "expert": False, "split": True}
+    return LocalShard(name, alone, shard.data, shard.shape, shard.offsets, extent, **kinds)
 
 
 def _bare(chunk: Any) -> Any:

@@ -25,6 +25,7 @@ from dist_llm.accounting.stages import StagePlan
 from dist_llm.config.model import ModelConfig
 from dist_llm.config.run import RunConfig
 from dist_llm.engine.megatron_attention import CoreAttention
+from dist_llm.engine.recipe import DTYPES
 from dist_llm.models.norm import build_norm
 from dist_llm.models.rope import scaled_frequencies
 from dist_llm.ops.causal_attention import Attend
@@ -119,9 +120,6 @@ def _layout_settings(config: RunConfig, stages: list[StagePlan], cuda: bool) -> 
     if config.engine.fp8 != "none":
         settings["fp8"] = config.engine.fp8
     return settings
-
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def _parts(stage: StagePlan) -> list[str]:

@@ -21,7 +21,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
 from dist_llm.config.run import RunConfig
-from dist_llm.engine.megatron_model import DTYPES
+from dist_llm.engine.recipe import DTYPES
 
 
 @dataclass(frozen=True)

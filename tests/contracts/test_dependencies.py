@@ -88,7 +88,7 @@ def test_undeclared_is_seen() -> None:
     found = [finding.split(": ")[1].split()[0] for finding in undeclared([Source("dist_llm/a.py", text)], {"numpy"})]
     assert found == ["yaml", "nowhere_to_be_found", "deepspeed"]
     assert not undeclared([Source("dist_llm/a.py", "import yaml")], {"pyyaml"})
-    assert not undeclared([Source("dist_llm/engine/deepspeed.py", "import deepspeed")], set())
+    assert not undeclared([Source("dist_llm/engine/deepspeed_library.py", "import deepspeed")], set())
 
 
 def test_unpinned_is_seen() -> None:
