@@ -83,11 +83,11 @@ $(MADE):
 	@$(PIP) $(TOOLS)
 	@touch $@
 
-# Build isolation is off so that the build tools too are those of constraints.txt.
+# Build isolation is off so that the build tools too are those of constraints.txt; DeepSpeed's build asks for torch, too.
 $(READY): | $(MADE)
 	@echo "setup: installing torch"
 	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url '$(TORCH_INDEX)') torch
-	@echo "setup: installing dist_llm and the tools that check it"
-	@$(PIP) --no-build-isolation --editable '.[dev]'
+	@echo "setup: installing dist_llm, the other engines and the tools that check it"
+	@$(PIP) --no-build-isolation --editable '.[dev,deepspeed,megatron]'
 	@rm -f .venv/.ready-*
 	@touch $@

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 
 from dist_llm.config.decode import decode_partly
 from dist_llm.config.engine_rules import ENGINE_RULES
+from dist_llm.config.extensions import find_extension
 from dist_llm.config.legal import fitting_layouts, legal_values
 from dist_llm.config.model import MupConfig
 from dist_llm.config.rule import RANKS, Broken, Rule, reads, value_at
@@ -154,7 +154,7 @@ def evaluation_has_data(config: RunConfig, world_size: int | None) -> Iterator[B
 @reads("telemetry.wandb")
 def wandb_is_installed(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
     """`telemetry.wandb` needs the extra: `pip install 'dist-llm[wandb]'`."""
-    if config.telemetry.wandb and importlib.util.find_spec("wandb") is None:
+    if config.telemetry.wandb and not find_extension("wandb").usable:
         yield Broken("telemetry.wandb", "needs the extra: pip install 'dist-llm[wandb]'", (False,))
 
 

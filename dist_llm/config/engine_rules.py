@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from dist_llm.config.extensions import EXTENSIONS, find_extension
 from dist_llm.config.rule import Broken, Rule, reads, value_at
 from dist_llm.config.run import RunConfig
 from dist_llm.config.wording import shown
 
 ENGINES = ("native", "deepspeed", "megatron")
+PACKAGES = {"deepspeed": "deepspeed", "megatron": "megatron-core"}
+"""The package in `config/extensions.py` that an engine is made of; ours needs none."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Limit:
         return Rule(check, ("engine.name", self.key, *self.reads))
 
     def _listed(self) -> str:
-        texts = [str(shown(value)) for value in self.values]
+        texts = ["null" if value is None else str(shown(value)) for value in self.values]
         return texts[0] if len(texts) == 1 else ", ".join(texts[:-1]) + " or " + texts[-1]
 
 
@@ -87,9 +90,24 @@ _MEGATRON = (
     ("model.attention_dropout", (0.0,), "draws masks that depend on the layout"),
     ("model.mup.base_width", (None,), "has no muP"),
     ("model.rope.scaling", ("none", "llama3"), "lowers frequencies as Llama 3.1 alone"),
-    ("data.document_mask", (False,), "attends over whole sequences"),
     ("precision.name", ("fp32", "bf16", "fp16"), "keeps masters in fp32"),
 )
+
+
+@reads("engine.name")
+def engine_is_installed(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """`engine` is `native`, or one whose package is installed: the extra `deepspeed` or `megatron` brings it.
+
+    Another package of that name does not count.
+    """
+    name = config.engine.name
+    if name not in PACKAGES:
+        return
+    found = find_extension(PACKAGES[name])
+    if not found.usable:
+        words = f"needs {EXTENSIONS[found.name].title}"
+        words += f", but {found.problem}" if found.problem is not None else f": {found.install}"
+        yield Broken("engine.name", words, tuple(other for other in ENGINES if other != name))
 
 
 @reads("engine.name", "engine.offload_to", "engine.nvme_path", "parallel.offload")
@@ -119,6 +137,35 @@ def deepspeed_offloads_whole_shards(config: RunConfig, world_size: int | None) -
         yield Broken("parallel.offload", "needs parallel.zero=3 under engine=deepspeed", ("optimizer", "none"))
 
 
+@reads("engine.name", "parallel.tensor", "parallel.sequence", "model.bias", *_EXPERTS)
+def megatron_splits_experts(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """Under `engine=megatron`, a model with experts has `parallel.sequence` with `parallel.tensor`, and no biases."""
+    if config.engine.name != "megatron" or _no_experts(config):
+        return
+    if config.parallel.tensor > 1 and not config.parallel.sequence:
+        words = "must be true with experts under engine=megatron and parallel.tensor above 1"
+        yield Broken("parallel.sequence", words, (True,))
+    if config.model.bias:
+        yield Broken("model.bias", "must be false with experts under engine=megatron", (False,))
+
+
+@reads("engine.name", *(f"model.moe.{name}" for name in ("score", "top_k", "normalize", "bias_rate")), *_EXPERTS)
+def megatron_weighs_experts(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """Under `engine=megatron`, one chosen expert has its score for a weight, and sigmoid scores are what biases move.
+
+    With `model.moe.top_k` of 1 `model.moe.normalize` is false; sigmoid scores of more are normalised.
+    """
+    moe = config.model.moe
+    if config.engine.name != "megatron" or _no_experts(config):
+        return
+    if moe.top_k == 1 and moe.normalize:
+        yield Broken("model.moe.normalize", "must be false with top_k=1 under engine=megatron", (False,))
+    if moe.top_k > 1 and moe.score == "sigmoid" and not moe.normalize:
+        yield Broken("model.moe.normalize", "must be true of sigmoid scores under engine=megatron", (True,))
+    if moe.score == "softmax" and moe.bias_rate:
+        yield Broken("model.moe.bias_rate", "must be 0 with softmax scores under engine=megatron", (0.0,))
+
+
 @reads("engine.name", "engine.fp8", "engine.transformer_engine")
 def fp8_needs_transformer_engine(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
     """`engine.fp8` is under `engine=megatron` with Transformer Engine."""
@@ -132,8 +179,11 @@ def fp8_needs_transformer_engine(config: RunConfig, world_size: int | None) -> I
 
 
 ENGINE_RULES: tuple[Rule, ...] = (
+    engine_is_installed,
     nvme_has_a_folder,
     deepspeed_offloads_whole_shards,
+    megatron_splits_experts,
+    megatron_weighs_experts,
     fp8_needs_transformer_engine,
     *(Limit("deepspeed", key, values, why).rule() for key, values, why in _DEEPSPEED),
     *(Limit("megatron", key, values, why).rule() for key, values, why in _MEGATRON),

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import warnings
+
 from dist_llm.config.run import RunConfig
 from dist_llm.engine.base import Engine
+from dist_llm.engine.native import NativeEngine
 from dist_llm.errors import EngineUnavailable
 from dist_llm.runtime.mesh import Mesh
 
 
 def build_engine(config: RunConfig, mesh: Mesh) -> Engine:
-    """Return the configured engine over the mesh. Raises EngineUnavailable where its library is not installed."""
-    if config.engine.name == "megatron":
-        try:
-            from dist_llm.engine.megatron import MegatronEngine
-        except ImportError as error:
-            raise EngineUnavailable(f"engine=megatron: {error}; pip install 'dist-llm[megatron]'") from error
-        return MegatronEngine(config, mesh)
+    """Return the configured engine over the mesh. Raises EngineUnavailable where its library is missing."""
     if config.engine.name == "deepspeed":
-        raise EngineUnavailable("engine=deepspeed: pip install 'dist-llm[deepspeed]'")
-    from dist_llm.engine.native import NativeEngine
+        from dist_llm.engine.deepspeed import DeepSpeedEngine
 
+        return DeepSpeedEngine(config, mesh)
+    if config.engine.name == "megatron":
+        return _megatron(config, mesh)
     return NativeEngine(config, mesh)
+
+
+def _megatron(config: RunConfig, mesh: Mesh) -> Engine:
+    """Return the Megatron-Core engine. What the library warns of, for good, are packages and switches of its own."""
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
+    try:
+        from dist_llm.engine.megatron import MegatronEngine
+    except ImportError as error:
+        missing = getattr(error, "name", None) or "megatron.core"
+        raise EngineUnavailable(f"engine=megatron needs {missing}; pip install 'dist-llm[megatron]'") from error
+    return MegatronEngine(config, mesh)

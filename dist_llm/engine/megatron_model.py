@@ -15,7 +15,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import nn
 from torch.nn import functional
@@ -24,8 +24,12 @@ from dist_llm.accounting.params import padded_vocab
 from dist_llm.accounting.stages import StagePlan
 from dist_llm.config.model import ModelConfig
 from dist_llm.config.run import RunConfig
+from dist_llm.engine.megatron_attention import CoreAttention
+from dist_llm.engine.recipe import DTYPES
 from dist_llm.models.norm import build_norm
 from dist_llm.models.rope import scaled_frequencies
+from dist_llm.ops.causal_attention import Attend
+from dist_llm.parallel.context import build_attention
 from dist_llm.runtime.mesh import Mesh
 
 _ACTIVATIONS: dict[str, Any] = {
@@ -57,6 +61,32 @@ def _model_settings(model: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _expert_settings(model: ModelConfig, copies: int) -> dict[str, Any]:
+    """Return what Megatron-Core is told of experts. copies: tp x cp ranks, by which it divides their losses."""
+    moe = model.moe
+    if not model.num_expert_layers:
+        return {}
+    settings: dict[str, Any] = {
+        "num_moe_experts": moe.num_experts,
+        "moe_layer_freq": [int(model.has_experts(layer)) for layer in range(model.num_layers)],
+        "moe_ffn_hidden_size": model.expert_width,
+        "moe_router_topk": moe.top_k,
+        "moe_router_score_function": moe.score,
+        "moe_router_pre_softmax": moe.score == "softmax" and not moe.normalize,
+        "moe_router_topk_scaling_factor": moe.scale if moe.scale != 1 else None,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "seq_aux_loss" if moe.balance_loss else "none",
+        "moe_aux_loss_coeff": moe.balance_loss * copies,
+        "moe_z_loss_coeff": moe.z_loss * copies if moe.z_loss else None,
+        "moe_token_dispatcher_type": "alltoall",
+    }
+    if moe.num_shared:
+        settings["moe_shared_expert_intermediate_size"] = moe.num_shared * model.expert_width
+    if moe.bias_rate:
+        settings |= {"moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": moe.bias_rate}
+    return settings
+
+
 def _layout_settings(config: RunConfig, stages: list[StagePlan], cuda: bool) -> dict[str, Any]:
     """Return what Megatron-Core is told of the layout, the formats and its own fusions."""
     parallel, compute = config.parallel, config.precision.compute
@@ -66,6 +96,7 @@ def _layout_settings(config: RunConfig, stages: list[StagePlan], cuda: bool) -> 
         "pipeline_model_parallel_size": parallel.pipeline,
         "context_parallel_size": parallel.context,
         "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": 1,
         "bf16": compute == "bf16",
         "fp16": compute == "fp16",
         "params_dtype": DTYPES[compute],
@@ -91,9 +122,6 @@ def _layout_settings(config: RunConfig, stages: list[StagePlan], cuda: bool) -> 
     return settings
 
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
 def _parts(stage: StagePlan) -> list[str]:
     return ["embedding"] * stage.first + ["decoder"] * len(stage.layers) + ["loss"] * stage.last
 
@@ -112,35 +140,56 @@ def _norm_of(model: ModelConfig) -> type:
     return Norm
 
 
-def _layers(model: ModelConfig, stage: StagePlan, engine: bool) -> Any:
-    """Return the make-up of a stage's layers. engine: of Transformer Engine's."""
+def _spec(model: ModelConfig, experts: bool, engine: bool, attend: Attend | None) -> Any:
+    """Return the make-up of a layer. engine: of Transformer Engine's parts; attend: ours in place of its attention."""
+    num_experts = model.moe.num_experts if experts else None
     if engine:
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_norm)
-        from megatron.core.extensions.transformer_engine import TENorm
-
-        return TransformerBlockSubmodules(layer_specs=[spec] * len(stage.layers), layer_norm=TENorm)
-    spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_norm, normalization="RMSNorm")
-    norm = _norm_of(model)
-    parts = spec.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = norm
+        spec = get_gpt_layer_with_transformer_engine_spec(num_experts, experts, model.qk_norm)
+    else:
+        spec = get_gpt_layer_local_spec(num_experts, qk_layernorm=model.qk_norm, normalization="RMSNorm")
+        parts = spec.submodules
+        parts.input_layernorm = parts.pre_mlp_layernorm = _norm_of(model)
+    attention = spec.submodules.self_attention.submodules
     if model.qk_norm:
-        attention = parts.self_attention.submodules
         attention.q_layernorm = attention.k_layernorm = _norm_of(model.model_copy(update={"norm": "rmsnorm"}))
-    return TransformerBlockSubmodules(layer_specs=[spec] * len(stage.layers), layer_norm=norm)
+    if attend is not None:
+        attention.core_attention = ModuleSpec(module=CoreAttention, params={"attend": attend})
+    return spec
+
+
+def _layers(model: ModelConfig, stage: StagePlan, engine: bool, attend: Attend | None) -> Any:
+    """Return the make-up of a stage's layers and of the last norm."""
+    norm: Any = _norm_of(model)
+    if engine:
+        from megatron.core.extensions import transformer_engine
+
+        norm = transformer_engine.TENorm
+    specs = [_spec(model, model.has_experts(layer), engine, attend) for layer in stage.layers]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
+
+
+def chosen_attention(config: RunConfig, mesh: Mesh, engine: bool) -> Attend | None:
+    """Return our attention where Megatron-Core's cannot do what the config asks for, else None."""
+    ours = config.data.document_mask or (mesh.cp.size > 1 and not engine)
+    return build_attention(mesh.context) if ours else None
 
 
 def build_chunks(
-    config: RunConfig, stages: list[StagePlan], mesh: Mesh, transformer_engine: bool
+    config: RunConfig, stages: list[StagePlan], mesh: Mesh, engine: bool, attend: Attend | None
 ) -> tuple[TransformerConfig, list[GPTModel]]:
     """Return Megatron-Core's settings and this rank's chunks of the model, weights not yet filled."""
     model = config.model
     cuda = mesh.device.type == "cuda"
-    settings = TransformerConfig(**_model_settings(model), **_layout_settings(config, stages, cuda))
+    settings = TransformerConfig(
+        **_model_settings(model),
+        **_expert_settings(model, mesh.tp.size * mesh.cp.size),
+        **_layout_settings(config, stages, cuda),
+    )
     mine = [stage for stage in stages if stage.index % mesh.pp.size == mesh.pp.index]
     chunks = [
         GPTModel(
             settings,
-            _layers(model, stage, transformer_engine),
+            _layers(model, stage, engine, attend),
             padded_vocab(model.vocab_size, mesh.tp.size),
             model.max_seq_len,
             pre_process=stage.first,

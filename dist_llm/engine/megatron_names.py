@@ -2,6 +2,7 @@
 
     linear_qkv   for each group of heads: its queries, its key, its value
     linear_fc1   the gate, then the up-projection (SwiGLU), or the up-projection alone
+    experts      a parameter an expert, of which the logical tensor has one after the other
 
 Everything else is one logical tensor, or its tp share. Names of layers count from the layer's place in the whole model.
 """
@@ -25,10 +26,16 @@ _WHOLE = {
     # Transformer Engine's linears hold the norm before them.
     "self_attention.linear_qkv.layer_norm": "attention_norm",
     "mlp.linear_fc1.layer_norm": "mlp_norm",
+    "mlp.router": "mlp.router",
 }
+_EXPERT = re.compile(
+    r"mlp\.experts\.(?:local_experts\.(?P<module>\d+)\.)?linear_fc(?P<linear>[12])\.weight(?P<leaf>\d*)"
+)
 
 
-_SPLIT = re.compile(r"(linear_qkv|linear_fc1|word_embeddings|output_layer)\.(weight|bias)|(linear_proj|linear_fc2)\.weight")
+_SPLIT = re.compile(
+    r"(linear_qkv|linear_fc1|word_embeddings|output_layer)\.(weight|bias)|(linear_proj|linear_fc2)\.weight"
+)
 
 
 def is_split(name: str) -> bool:
@@ -36,11 +43,18 @@ def is_split(name: str) -> bool:
     return _SPLIT.search(name) is not None
 
 
-class Names:
-    """The parameters of one model over `size` tp ranks, of which this is `index`."""
+def _feed_forward(path: str) -> str:
+    return "mlp.shared" if "shared_experts" in path else "mlp"
 
-    def __init__(self, model: ModelConfig, index: int, size: int) -> None:
-        self._model, self._index, self._size = model, index, size
+
+class Names:
+    """The parameters of one model as rank `index` of `size` tp ranks holds them; its experts begin at `expert`.
+
+    Experts are whole: tp ranks hold other ones, or the same.
+    """
+
+    def __init__(self, model: ModelConfig, index: int, size: int, expert: int) -> None:
+        self._model, self._index, self._size, self._first_expert = model, index, size, expert
 
     def bands(self, name: str, parameter: nn.Parameter, layers: range) -> list[Band]:
         """Return what parameter `name` of a chunk that begins at the first of `layers` is made of."""
@@ -69,10 +83,13 @@ class Names:
             yield from self._heads(layer, leaf, parameter)
         elif path == "self_attention.linear_proj":
             yield self._row(f"{layer}.attention.wo.{leaf}", parameter)
-        elif path == "mlp.linear_fc1":
-            yield from self._columns(f"{layer}.mlp", leaf, parameter)
-        elif path == "mlp.linear_fc2":
-            yield self._row(f"{layer}.mlp.down.{leaf}", parameter)
+        elif expert := _EXPERT.fullmatch(f"{path}.{leaf}"):
+            number = self._first_expert + int(expert["module"] or expert["leaf"])
+            yield from self._expert(f"{layer}.mlp.experts", expert["linear"], number, parameter)
+        elif path in ("mlp.linear_fc1", "mlp.shared_experts.linear_fc1"):
+            yield from self._columns(f"{layer}.{_feed_forward(path)}", leaf, parameter)
+        elif path in ("mlp.linear_fc2", "mlp.shared_experts.linear_fc2"):
+            yield self._row(f"{layer}.{_feed_forward(path)}.down.{leaf}", parameter)
         else:
             raise KeyError(f"{path}.{leaf} is no parameter of a layer that is known here")
 
@@ -94,7 +111,17 @@ class Names:
         rows, inputs = parameter.shape[0] // len(parts), tuple(parameter.shape[1:])
         for place, part in enumerate(parts):
             begin = place * parameter.numel() // len(parts)
-            yield self._part(f"{module}.{part}.{leaf}", (rows * self._size, *inputs), self._index * rows, rows, begin)
+            name, shape = f"{module}.{part}.{leaf}", (rows * self._size, *inputs)
+            yield self._part(name, shape, self._index * rows, rows, begin)
+
+    def _expert(self, module: str, linear: str, number: int, parameter: nn.Parameter) -> Iterator[Band]:
+        """Yield the bands of a linear of expert `number`; the logical tensors have one dim more."""
+        alone = Names(self._model, 0, 1, 0)
+        plain = alone._columns(module, "weight", parameter) if linear == "1" else [alone._row(module, parameter)]
+        for band in plain:
+            name = band.name if linear == "1" else f"{module}.down.weight"
+            shape = (self._model.moe.num_experts, *band.shape)
+            yield Band(name, shape, (number, *band.offsets), (1, *band.sizes), band.begin)
 
     def _heads(self, layer: str, leaf: str, parameter: nn.Parameter) -> Iterator[Band]:
         """Yield the bands of the projection of queries, keys and values: three for each group of heads."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -22,13 +22,13 @@ from dist_llm.accounting.stages import plan_stages
 from dist_llm.config.run import RunConfig
 from dist_llm.engine.loss_scale import LossScale
 from dist_llm.engine.model import splittable
+from dist_llm.engine.recipe import facts_of, formats_of, local_batch, restore_facts, update_rules
 from dist_llm.engine.routing import Routing
-from dist_llm.models.plan import plan_rate
 from dist_llm.ops.context_share import ContextShare
 from dist_llm.optim.adamw import AdamW
 from dist_llm.optim.host_adamw import HostAdamW
 from dist_llm.optim.schedule import learning_rate
-from dist_llm.parallel.apply import Formats, SplitStage, SplittableModel, apply_layout
+from dist_llm.parallel.apply import SplitStage, SplittableModel, apply_layout
 from dist_llm.parallel.cross_entropy import cross_entropy_sum
 from dist_llm.parallel.grad_norm import primary_square_sum
 from dist_llm.parallel.pipeline import Accumulation, Microbatching, Runner, Scheduled, StageTensors
@@ -36,9 +36,6 @@ from dist_llm.parallel.shards import LocalShard
 from dist_llm.parallel.zero import reduce_in_buckets, storage_device
 from dist_llm.runtime.mesh import Mesh
 from dist_llm.types import IGNORE_INDEX, Batch, DataSlice, LossSum, StepResult, TensorShard, TrainState
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-"""torch's name for each configured format."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class NativeEngine:
     def __init__(self, config: RunConfig, mesh: Mesh, model: SplittableModel | None = None) -> None:
         self._config, self._mesh = config, mesh
         self.observe: Callable[[str], None] = lambda phase: None
-        self._formats = Formats(DTYPES[config.precision.compute], DTYPES[config.precision.master])
+        self._formats = formats_of(config.precision)
         self._scale = LossScale.build(config.precision)
         self._microbatch_tokens = config.data.microbatch * config.data.seq_len
         self.data_slice = DataSlice(mesh.dp.index, mesh.dp.size)
@@ -71,13 +68,9 @@ class NativeEngine:
         self.stages = apply_layout(model, stages, config.parallel, self._formats, mesh)
         self.shards: list[LocalShard] = [shard for stage in self.stages for shard in stage.shards]
         self._tied = [shard for shard in self.shards if model.tied and shard.name == model.tied[0]]
-        decays = [len(shard.shape) >= 2 for shard in self.shards]
-        rates = [plan_rate(config.model, shard.name) for shard in self.shards]
-        # Under muP every gradient shrinks as the width grows; so does what is added to its root.
-        eps = config.optimizer.eps / config.model.width_ratio
-        update = config.optimizer.model_copy(update={"eps": eps})
+        rules = update_rules(config, self.shards)
         kind = HostAdamW if config.parallel.offload == "optimizer" else AdamW
-        self.optimizer = kind([shard.tensor for shard in self.shards], decays, rates, update)
+        self.optimizer = kind([shard.tensor for shard in self.shards], rules.decays, rules.rates, rules.optimizer)
         self._runner = self._build_runner(self.stages)
         self._routing = Routing([stage.part.model for stage in self.stages], config.model.moe, mesh)
         self._step = 0
@@ -123,7 +116,7 @@ class NativeEngine:
         for shard in self.shards:
             shard.parameter.grad = None
         self._routing.begin(self.loss_unit)
-        batch = self._on_device(batch)
+        batch = local_batch(batch, self._context, self._mesh.device)
         loss = self._runner.forward_backward(batch)
         self.finish_gradients()
         self._routing.gather()
@@ -145,7 +138,7 @@ class NativeEngine:
 
     def eval_step(self, batch: Batch) -> LossSum:
         """Return the loss sum of one global batch. Issues the forward's collectives and one over the world."""
-        batch = self._on_device(batch)
+        batch = local_batch(batch, self._context, self._mesh.device)
         for stage in self.stages:
             stage.part.model.eval()
         try:
@@ -156,17 +149,6 @@ class NativeEngine:
         nothing = torch.zeros(1, dtype=torch.float64, device=self._mesh.device)
         totals = self._totals(loss, batch, nothing[0], nothing[:0])
         return LossSum(totals.loss * totals.tokens, totals.tokens)
-
-    def _on_device(self, batch: Batch) -> Batch:
-        """Return this rank's share of the batch's tokens, on the mesh's device; documents stay those of all tokens."""
-        device = self._mesh.device
-        return replace(
-            batch,
-            tokens=self._context.take(batch.tokens.to(device, non_blocking=True)),
-            targets=self._context.take(batch.targets.to(device, non_blocking=True)),
-            samples=batch.samples.to(device, non_blocking=True),
-            documents=None if batch.documents is None else batch.documents.to(device, non_blocking=True),
-        )
 
     @torch.no_grad()
     def finish_gradients(self) -> None:
@@ -221,24 +203,16 @@ class NativeEngine:
                 view = shard.inside(tensor)
                 tensors.append(TensorShard(f"{kind}.{shard.name}", shard.shape, shard.offsets, view, shard.primary))
         tensors.extend(self._routing.state())
-        facts: dict[str, object] = {
-            "step": self._step,
-            "optimizer_updates": self.optimizer.num_updates,
-            "compute": self._config.precision.compute,
-            "loss_scale": self._scale.value,
-            "loss_scale_good_steps": self._scale.good_steps,
-        }
+        updates = self.optimizer.num_updates
+        facts = facts_of(self._step, updates, self._config.precision.compute, self._scale)
         return TrainState(tuple(tensors), facts)
 
     def restore(self, facts: dict[str, object]) -> None:
         """Take over step and update count of a checkpoint whose tensors are in place, and its loss scale where both
         sides use one."""
-        self._step = int(facts["step"])  # type: ignore[call-overload]
+        compute = self._config.precision.compute
+        self._step, self.optimizer.num_updates = restore_facts(facts, compute, self._scale)
         self.optimizer.take_weights()
-        self.optimizer.num_updates = int(facts["optimizer_updates"])  # type: ignore[call-overload]
-        if self._config.precision.compute == "fp16" and facts["compute"] == "fp16":
-            self._scale.value = float(facts["loss_scale"])  # type: ignore[arg-type]
-            self._scale.good_steps = int(facts["loss_scale_good_steps"])  # type: ignore[call-overload]
 
     def close(self) -> None:
         """Drop the model so that its memory can be used again."""

@@ -76,15 +76,21 @@ class SplitStage:
 
 
 def apply_layout(
-    model: SplittableModel, stages: list[StagePlan], parallel: ParallelConfig, formats: Formats, mesh: Mesh
+    model: SplittableModel,
+    stages: list[StagePlan],
+    parallel: ParallelConfig,
+    formats: Formats,
+    mesh: Mesh,
+    zero: bool = True,
 ) -> list[SplitStage]:
     """Build, split and fill this rank's stages of the model. Issues no collective.
 
+    zero: False leaves weights whole over `zero` and their gradients to whoever shards them then (an engine's library).
     Raises ValueError where a setting would do nothing; the rules of config/rules.py refuse the same with more to say.
     """
     _refuse_what_would_do_nothing(parallel, formats)
     return [
-        _split_stage(model, stage, parallel, formats, mesh)
+        _split_stage(model, stage, parallel, formats, mesh, zero)
         for stage in stages
         if stage_rank(stage.index, mesh.pp.size, parallel.schedule) == mesh.pp.index
     ]
@@ -107,7 +113,7 @@ def _refuse_what_would_do_nothing(parallel: ParallelConfig, formats: Formats) ->
 
 
 def _split_stage(
-    model: SplittableModel, stage: StagePlan, parallel: ParallelConfig, formats: Formats, mesh: Mesh
+    model: SplittableModel, stage: StagePlan, parallel: ParallelConfig, formats: Formats, mesh: Mesh, zero: bool
 ) -> SplitStage:
     module = model.build(stage).to(formats.master)
     table = apply_tensor(module, model.plan, mesh.tp, mesh.expert.ep.size, parallel.sequence)
@@ -117,7 +123,7 @@ def _split_stage(
     apply_context(module, mesh.context)
     later = _weight_gradients(module, parallel, formats)
     _apply_recompute_and_compile(model, module, parallel, mesh.device)
-    sharded = needs_fsdp(mesh, formats.compute, formats.master, parallel.offload)
+    sharded = zero and needs_fsdp(mesh, formats.compute, formats.master, parallel.offload)
     if sharded:
         policy = MixedPrecisionPolicy(
             param_dtype=formats.compute, reduce_dtype=formats.master, output_dtype=formats.compute
@@ -128,7 +134,7 @@ def _split_stage(
     shards = tuple(list_shards(module, table, mesh, model.tied))
     for shard in shards:
         model.initialise(shard)
-    replicas = ReplicaSum(() if sharded else shards, mesh, parallel.bucket_mib << 20)
+    replicas = ReplicaSum(shards if zero and not sharded else (), mesh, parallel.bucket_mib << 20)
     waiting = later if parallel.splits_backward else None
     return SplitStage(StageModule(module, stage.index, stage.count, replicas, waiting), shards)
 

@@ -100,7 +100,10 @@ class UlyssesAttention:
         return torch.cat([ContextShare(rank, n).positions(part, device) for rank in range(n)])
 
 
-def _attention(axes: ContextAxes) -> RingAttention | UlyssesAttention:
+def build_attention(axes: ContextAxes) -> Attend:
+    """Return attention over the context axes; plain attention where a rank holds all tokens."""
+    if axes.whole.size == 1:
+        return CausalAttention()
     if axes.heads.size == 1:
         return RingAttention(axes.ring)
     return UlyssesAttention(axes.heads, CausalAttention() if axes.ring.size == 1 else RingAttention(axes.ring))
@@ -113,7 +116,7 @@ def apply_context(model: nn.Module, axes: ContextAxes) -> None:
     """
     if axes.whole.size == 1:
         return
-    attention = _attention(axes)
+    attention = build_attention(axes)
     for module in model.modules():
         if hasattr(module, "attend"):
             module.attend = attention  # type: ignore[assignment]

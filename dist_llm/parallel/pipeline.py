@@ -70,7 +70,8 @@ def _extras(batch: Batch) -> dict[str, Tensor]:
     return extras
 
 
-def _microbatches(batch: Batch, size: int) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+def microbatches(batch: Batch, size: int) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+    """Yield tokens, targets and what else every stage takes, of `size` sequences after another."""
     extras = _extras(batch)
     for start in range(0, batch.tokens.shape[0], size):
         rows = slice(start, start + size)
@@ -87,7 +88,7 @@ class Accumulation:
     def forward_backward(self, batch: Batch) -> Float[Tensor, ""]:
         """Accumulate gradients over the microbatches; return the sum of their losses."""
         total = torch.zeros((), device=batch.tokens.device)
-        for index, (tokens, targets, extras) in enumerate(_microbatches(batch, self._cut.size)):
+        for index, (tokens, targets, extras) in enumerate(microbatches(batch, self._cut.size)):
             last = index == self._cut.count - 1
             set_backward_traffic(self._model, self._zero, last)
             self._replicas.expect(last)
@@ -101,7 +102,7 @@ class Accumulation:
     @torch.no_grad()
     def forward(self, batch: Batch) -> Float[Tensor, ""]:
         """Return the sum of losses without gradients."""
-        losses = [self._loss(self._model(x, **extras), y) for x, y, extras in _microbatches(batch, self._cut.size)]
+        losses = [self._loss(self._model(x, **extras), y) for x, y, extras in microbatches(batch, self._cut.size)]
         release(self._model)
         return torch.stack(losses).sum()
 

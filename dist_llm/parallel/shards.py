@@ -24,7 +24,7 @@ class LocalShard:
 
     tensor: the local storage, padding rows included. offsets: where its first element lies in the logical tensor.
     shape, partial, expert: the logical tensor's. extent: how much of each dim of `tensor` lies inside its shape.
-    primary: this rank is the one among its replicas that is counted and saved.
+    primary: this rank is the one among its replicas that is counted and saved. split: tp ranks hold other parts of it.
     """
 
     name: str
@@ -36,6 +36,7 @@ class LocalShard:
     primary: bool
     partial: bool
     expert: bool
+    split: bool
 
     def inside(self, tensor: Tensor) -> Tensor:
         """Return the view of a tensor of this shard's local shape that lies inside the logical shape."""
@@ -75,7 +76,7 @@ def _local_shard(name: str, parameter: nn.Parameter, logical: LogicalTensor, mes
     replica = replicas[0].index if sharded else replicas[1].index
     primary = replica == 0 and (logical.split_dim is not None or mesh.tp.index == 0) and not copy
     clipped = tuple(min(at, limit) for at, limit in zip(offsets, logical.shape, strict=True))
-    facts = (primary, logical.partial, logical.expert)
+    facts = (primary, logical.partial, logical.expert, logical.split_dim is not None)
     return LocalShard(name, parameter, local, logical.shape, clipped, tuple(extent), *facts)
 
 

@@ -26,7 +26,8 @@ from dist_llm.accounting.traffic import Shapes, Traffic, step_traffic
 from dist_llm.config.rules import num_microbatches
 from dist_llm.config.run import RunConfig
 from dist_llm.engine.model import splittable
-from dist_llm.engine.native import DTYPES, NativeEngine
+from dist_llm.engine.native import NativeEngine
+from dist_llm.engine.recipe import DTYPES
 from dist_llm.parallel.activations import ActivationLog
 from dist_llm.parallel.apply import SplitStage, SplittableModel
 from dist_llm.parallel.live import storage_bytes

@@ -48,8 +48,15 @@ BAD: list[tuple[str | list[str], list[str]]] = [
     ("parallel.recompute_layers=2", ["parallel.recompute_layers=2 must be null under parallel.recompute=none"]),
     ("parallel.zero=4", ["parallel.zero=4 is not one of its choices; use 0, 1, 2 or 3"]),
     ("parallel.zero=3 parallel.replicate=2", ["parallel.replicate=2 must divide the data axis of 1 ranks; use 1"]),
-    ("engine=deepspeed", ["engine.name=deepspeed is not part of this version; use native"]),
-    ("engine=megatron", ["engine.name=megatron is not part of this version; use native"]),
+    (
+        "engine=deepspeed parallel.pipeline=2",
+        ["engine.name=deepspeed runs no pipeline: parallel.pipeline=2 would have to be 1; use native or megatron"],
+    ),
+    (
+        "engine=megatron parallel.zero=3",
+        ["engine.name=megatron shards optimizer state alone", "parallel.zero=3 would have to be 0 or 1; use native"],
+    ),
+    ("engine.fp8=hybrid", ["engine.fp8=hybrid is for engine=megatron, not native; use none"]),
     ("engine=native2", ["engine=native2 is not one of the 3 presets of engine; use native, deepspeed or megatron"]),
     ("launcher=slurm", ["launcher.name=slurm is not part of this version", "torchrun -m dist_llm train", "use local"]),
     ("launcher.nodes=2", ["launcher.nodes=2 must be 1 under launcher=local"]),

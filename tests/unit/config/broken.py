@@ -365,12 +365,6 @@ BROKEN: list[tuple[str, dict[str, object], int | None, str]] = [
         "precision.name=fp64 is for verification on device=cpu; use fp32, bf16 or fp16",
     ),
     (
-        "engine_is_built",
-        {"engine__name": "megatron"},
-        None,
-        "engine.name=megatron is not part of this version; use native",
-    ),
-    (
         "launcher_is_built",
         {"launcher__name": "slurm"},
         None,

@@ -165,6 +165,7 @@ def test_keys_know_their_kind() -> None:
     assert [key for key in all_fields() if takes_text(key)] == [
         "run.name",
         "run.dir",
+        "engine.nvme_path",
         "data.path",
         "data.cache_dir",
         "tokenizer.path",

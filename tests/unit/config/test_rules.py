@@ -5,19 +5,34 @@ from __future__ import annotations
 import random
 import re
 import statistics
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from dist_llm.config.checks import RULES, check, decode_and_check, resolve_data
+from dist_llm.config.extensions import Extension, find_extension
 from dist_llm.config.legal import fitting_layouts
 from dist_llm.config.parallel import V_SCHEDULES
 from dist_llm.config.rule import RANKS, Rule, with_value
 from dist_llm.config.run import RunConfig
 from dist_llm.errors import ConfigError, ExitCode, LayoutError, Violation
-from tests.unit.config.broken import BROKEN
+from tests.unit.config.broken import BROKEN as BROKEN_SECTIONS
+from tests.unit.config.broken_engines import BROKEN_ENGINES
 from tests.unit.config.trees import config_with, set_key, small_tree
 from tests.work import counted
+
+BROKEN = [*BROKEN_SECTIONS, *BROKEN_ENGINES]
+
+
+def _install(monkeypatch: pytest.MonkeyPatch, every: bool) -> None:
+    """Take every optional package to be installed and genuine, or none, whatever is here."""
+
+    def found(name: str) -> Extension:
+        return replace(find_extension(name), place="here" if every else None, problem=None)
+
+    for module in ("checks", "engine_rules"):
+        monkeypatch.setattr(f"dist_llm.config.{module}.find_extension", found)
 
 
 def _id(case: tuple[str, dict[str, object], int | None, str]) -> str:
@@ -28,7 +43,7 @@ def _id(case: tuple[str, dict[str, object], int | None, str]) -> str:
 def test_rule_can_be_broken(
     name: str, changes: dict[str, object], ranks: int | None, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
+    _install(monkeypatch, every=not name.endswith("_is_installed"))
     config = config_with(**changes)
     rule = next(rule for rule in RULES if rule.name == name)
     assert rule(config, ranks)
