@@ -53,12 +53,13 @@ class Plan:
     not_shared: dict[str, str]
 
     def without(self, engine: str, why: str) -> Plan:
-        """Return the plan without an engine. Raises ConfigError where no two are left."""
+        """Return the plan without an engine. Raises ConfigError where no two are left that share a layout."""
         engines = tuple(name for name in self.engines if name != engine)
         left_out = {**self.left_out, engine: why}
         require_two(engines, left_out)
         fewer = (replace(each, engines=tuple(name for name in each.engines if name != engine)) for each in self.shared)
         shared = tuple(each for each in fewer if len(each.engines) > 1)
+        require_two(engines if shared else engines[:1], left_out)
         return replace(self, engines=engines, shared=shared, left_out=left_out)
 
     def cases(self, engine: str) -> list[Case]:

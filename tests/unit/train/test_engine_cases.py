@@ -80,6 +80,8 @@ def test_an_engine_that_cannot_be_built_after_all_leaves_the_plan() -> None:
     assert plan == Plan((ONE, TWO), (Shared(CASES[0], (ONE, TWO)),), {THREE: "pip install it"}, {})
     with pytest.raises(ConfigError, match="megatron: pip install it"):
         plan.without(TWO, "nor this")
+    with pytest.raises(ConfigError, match="only native can"):
+        Plan(ENGINES, (Shared(CASES[7], (ONE, THREE)),), {}, {}).without(THREE, "its layout was all there was")
 
 
 def test_every_setting_of_an_engine_is_kept_by_its_engine_alone() -> None:
