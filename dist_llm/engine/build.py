@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 
 from dist_llm.config.run import RunConfig
 from dist_llm.engine.base import Engine
 from dist_llm.engine.native import NativeEngine
 from dist_llm.errors import EngineUnavailable
+from dist_llm.runtime.cpu_torch import without_compiler
 from dist_llm.runtime.mesh import Mesh
+from dist_llm.runtime.variables import keep_variables
 
 
 def build_engine(config: RunConfig, mesh: Mesh) -> Engine:
@@ -27,7 +30,8 @@ def _megatron(config: RunConfig, mesh: Mesh) -> Engine:
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     try:
-        from dist_llm.engine.megatron import MegatronEngine
+        with keep_variables(), without_compiler() if mesh.device.type == "cpu" else nullcontext():
+            from dist_llm.engine.megatron import MegatronEngine
     except ImportError as error:
         missing = getattr(error, "name", None) or "megatron.core"
         raise EngineUnavailable(f"engine=megatron needs {missing}; pip install 'dist-llm[megatron]'") from error

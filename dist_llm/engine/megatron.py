@@ -46,6 +46,7 @@ from dist_llm.parallel.pipeline import microbatches
 from dist_llm.parallel.shards import LocalShard
 from dist_llm.runtime.cpu_torch import staying_on_cpu
 from dist_llm.runtime.mesh import Mesh
+from dist_llm.runtime.variables import keep_variables
 from dist_llm.types import IGNORE_INDEX, Batch, DataSlice, LossSum, StepResult, TensorShard, TrainState
 
 Microbatch = tuple[Tensor, Tensor, dict[str, Tensor]]
@@ -63,9 +64,11 @@ class MegatronEngine:
         self._num_microbatches = config.data.global_batch // (mesh.dp.size * config.data.microbatch)
         self._step, self._num_updates = 0, 0
         _initialize_parallel_state(config)
-        if mesh.device.type == "cpu":
+        on_cpu = mesh.device.type == "cpu"
+        if on_cpu:
             prepare_modules()
-        with self._on_device():
+        # It tells Transformer Engine by variables which kernels to take.
+        with self._on_device(), keep_variables() if on_cpu else contextlib.nullcontext():
             self._build()
         self._fill()
 
@@ -93,6 +96,8 @@ class MegatronEngine:
                 if is_split(name):  # Megatron-Core says so of the weights that it initialises itself
                     parameter.tensor_model_parallel = True
         self._chunks: list[Any] = wrap_chunks(config, self._settings, models, mesh.device)
+        for router in self._routers().values():
+            router._maintain_float32_expert_bias()
         if mesh.device.type != "cuda":
             name_types(self._bands)
         self._optimizer, self._parts = build_optimizer(config, self._chunks)
@@ -126,15 +131,22 @@ class MegatronEngine:
             primary = first and not copy and (split or self._mesh.tp.index == 0)
             yield from band_shards(kind, flat, master.start, bands, primary)
 
+    def _routers(self) -> dict[int, Any]:
+        """Return the routers of this rank by layer."""
+        blocks = {
+            layer: block
+            for stage, chunk in zip(self._mine, self._chunks, strict=True)
+            for layer, block in zip(stage.layers, _bare(chunk).decoder.layers, strict=True)
+        }
+        return {layer: block.mlp.router for layer, block in blocks.items() if self._config.model.has_experts(layer)}
+
     def _biases(self) -> Iterator[TensorShard]:
-        """Yield the routers' biases, which are no parameters and yet part of the model."""
+        """Yield the routers' biases, which are no parameters and yet part of the model; zeros where none moves."""
         primary = self._mesh.zero.index == 0 and self._mesh.tp.index == 0
-        for stage, chunk in zip(self._mine, self._chunks, strict=True):
-            for layer, block in zip(stage.layers, _bare(chunk).decoder.layers, strict=True):
-                if self._config.model.has_experts(layer):
-                    bias = block.mlp.router.expert_bias
-                    bias = torch.zeros(self._config.model.moe.num_experts) if bias is None else bias
-                    yield TensorShard(f"model.layers.{layer}.mlp.router.bias", tuple(bias.shape), (0,), bias, primary)
+        for layer, router in self._routers().items():
+            still = torch.zeros(self._config.model.moe.num_experts, device=self._mesh.device)
+            bias = still if router.expert_bias is None else router.expert_bias
+            yield TensorShard(f"model.layers.{layer}.mlp.router.bias", tuple(bias.shape), (0,), bias, primary)
 
     def _take_masters(self) -> None:
         """Make the weights those of the masters. Issues one all-gather a bucket over zero under ZeRO-1."""

@@ -61,8 +61,11 @@ def _model_settings(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _expert_settings(model: ModelConfig, copies: int) -> dict[str, Any]:
-    """Return what Megatron-Core is told of experts. copies: tp x cp ranks, by which it divides their losses."""
+def _expert_settings(model: ModelConfig, copies: int, microbatch: int) -> dict[str, Any]:
+    """Return what Megatron-Core is told of experts.
+
+    copies: tp x cp ranks, by which it divides their losses; microbatch: sequences, by which it divides the balance's.
+    """
     moe = model.moe
     if not model.num_expert_layers:
         return {}
@@ -76,7 +79,7 @@ def _expert_settings(model: ModelConfig, copies: int) -> dict[str, Any]:
         "moe_router_topk_scaling_factor": moe.scale if moe.scale != 1 else None,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "seq_aux_loss" if moe.balance_loss else "none",
-        "moe_aux_loss_coeff": moe.balance_loss * copies,
+        "moe_aux_loss_coeff": moe.balance_loss * copies * microbatch,
         "moe_z_loss_coeff": moe.z_loss * copies if moe.z_loss else None,
         "moe_token_dispatcher_type": "alltoall",
     }
@@ -182,7 +185,7 @@ def build_chunks(
     cuda = mesh.device.type == "cuda"
     settings = TransformerConfig(
         **_model_settings(model),
-        **_expert_settings(model, mesh.tp.size * mesh.cp.size),
+        **_expert_settings(model, mesh.tp.size * mesh.cp.size, config.data.microbatch),
         **_layout_settings(config, stages, cuda),
     )
     mine = [stage for stage in stages if stage.index % mesh.pp.size == mesh.pp.index]

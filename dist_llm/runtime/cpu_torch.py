@@ -82,3 +82,11 @@ def _on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
 def staying_on_cpu() -> contextlib.AbstractContextManager[Any]:
     """Return a context in which `Tensor.cuda` gives the tensor itself."""
     return mock.patch.object(torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor)
+
+
+def without_compiler() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which what a library decorates with `torch.compile` stays as it is.
+
+    Functions that are small enough for that cost minutes of a C++ compiler's time on a CPU, in every rank.
+    """
+    return mock.patch.object(torch, "compile", lambda function=None, **options: function or (lambda inner: inner))

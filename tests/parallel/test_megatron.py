@@ -67,9 +67,14 @@ def broken_curve(config: RunConfig, fault: str, steps: int) -> Curve:
     """Train with a fault in the engine."""
     from dist_llm.engine import megatron
 
+    finish = megatron.finalize_model_grads
+
+    def halved(chunks: Any, tokens: torch.Tensor, **more: Any) -> None:
+        finish(chunks, 2 * tokens, **more)
+
     faults: dict[str, tuple[Any, str, Any]] = {
         "norms count one rank's part": (megatron, "is_split", lambda name: False),
-        "gradients are of the sum": (megatron, "finalize_model_grads", lambda chunks, tokens, **more: None),
+        "gradients are halved": (megatron, "finalize_model_grads", halved),
         "gradients are of a microbatch": (megatron.MegatronEngine, "_scaled", lambda self, loss: loss),
     }
     with pytest.MonkeyPatch.context() as patch:
@@ -78,7 +83,7 @@ def broken_curve(config: RunConfig, fault: str, steps: int) -> Curve:
 
 
 @pytest.mark.parametrize(
-    "fault", ["norms count one rank's part", "gradients are of the sum", "gradients are of a microbatch"]
+    "fault", ["norms count one rank's part", "gradients are halved", "gradients are of a microbatch"]
 )
 def test_a_fault_is_found(pool: WorkerPool, fault: str) -> None:
     config = _config({**SPLIT, "data": 2, "zero": 1})
