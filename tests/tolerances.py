@@ -28,3 +28,7 @@ VISIBLE_SUM = 2e-4
 """The least drift of such a norm where sums are in bf16."""
 NEAR_SUM = 2e-3
 """How much farther from fp32, relative, a gradient norm may be that is rounded less often: the luck of one norm."""
+ENGINE_LOSS = 2e-5
+"""Relative, over 20 steps in fp32: the losses of two engines."""
+ENGINE_NORM = 1e-4
+"""The same of their gradient norms."""

@@ -20,17 +20,7 @@ from dist_llm.accounting.stages import plan_stages
 from dist_llm.config.run import RunConfig
 from dist_llm.engine import deepspeed_library as library
 from dist_llm.engine.deepspeed_settings import settings_of
-from dist_llm.engine.deepspeed_state import (
-    Piece,
-    copy_masters,
-    list_pieces,
-    masters,
-    prepare_moments,
-    set_updates,
-    state_shards,
-    take_masters,
-    without_start,
-)
+from dist_llm.engine.deepspeed_state import FlatState
 from dist_llm.engine.loss_scale import LossScale
 from dist_llm.engine.model import splittable
 from dist_llm.engine.recipe import facts_of, formats_of, local_batch, restore_facts, update_rules
@@ -75,10 +65,7 @@ class DeepSpeedEngine:
         self._session = library.Session(deepspeed, mesh, self._model, self._adam, settings)
         self._engine = self._session.engine
         self._zero: Any = self._engine.optimizer
-        self._pieces: list[Piece] = list_pieces(self._zero, stage.shards, mesh)
-        copy_masters(self._pieces)
-        self._pieces = without_start(self._pieces)
-        prepare_moments(self._adam, masters(self._zero))
+        self._state = FlatState(self._zero, self._adam, stage.shards, mesh)
         self._routing = Routing([self._model], config.model.moe, mesh)
         self._step, self._updates = 0, 0
 
@@ -192,7 +179,7 @@ class DeepSpeedEngine:
 
     def state(self) -> TrainState:
         """Return model and optimizer rectangles by logical name, and the facts that are not tensors."""
-        tensors = [*state_shards(self._pieces, self._adam, self._mesh), *self._routing.state()]
+        tensors = [*self._state.shards(), *self._routing.state()]
         return TrainState(
             tuple(tensors), facts_of(self._step, self._updates, self._config.precision.compute, self._scale)
         )
@@ -200,14 +187,12 @@ class DeepSpeedEngine:
     def restore(self, facts: dict[str, object]) -> None:
         """Take over a checkpoint whose tensors are in place. Collectives: all-gathers of the weights over zero."""
         self._step, self._updates = restore_facts(facts, self._config.precision.compute, self._scale)
-        set_updates(self._adam, self._updates)
-        take_masters(self._zero)
+        self._state.restore(self._updates)
 
     def close(self) -> None:
         """Drop the model, and what DeepSpeed's modules remember of it and of the process groups."""
         self._session.close()
-        self._pieces = []
-        del self._session, self._engine, self._zero, self._adam, self._model, self._routing
+        del self._session, self._state, self._engine, self._zero, self._adam, self._model, self._routing
 
 
 def _mark_parts(shards: tuple[LocalShard, ...], tp: Axis) -> None:

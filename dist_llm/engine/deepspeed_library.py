@@ -44,7 +44,8 @@ def _return(value: Any) -> Any:
 def import_deepspeed(device: torch.device) -> ModuleType:
     """Return the library, for a kind of device. Raises EngineUnavailable where it is missing, or broken."""
     try:
-        with _quiet(), lend_variables({"DS_ACCELERATOR": device.type}):
+        # The second it would set for good, for fear of what asks for CUDA before this.
+        with _quiet(), lend_variables({"DS_ACCELERATOR": device.type, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}):
             import deepspeed
             from deepspeed.accelerator import get_accelerator
     except ImportError as error:

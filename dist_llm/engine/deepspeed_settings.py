@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -64,5 +65,6 @@ def _offload(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
     engine = config.engine
     place: dict[str, Any] = {"device": engine.offload_to, "pin_memory": mesh.device.type == "cuda"}
     if engine.offload_to == "nvme":
-        place["nvme_path"] = engine.nvme_path
+        # A folder for each run: files are named by rank alone.
+        place["nvme_path"] = str(Path(engine.nvme_path or ".").expanduser() / config.run.name)
     return place

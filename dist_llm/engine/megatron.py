@@ -48,6 +48,9 @@ from dist_llm.runtime.cpu_torch import staying_on_cpu
 from dist_llm.runtime.mesh import Mesh
 from dist_llm.types import IGNORE_INDEX, Batch, DataSlice, LossSum, StepResult, TensorShard, TrainState
 
+Microbatch = tuple[Tensor, Tensor, dict[str, Tensor]]
+"""Tokens and targets of this rank's share of the sequences, and what else there is of them."""
+
 
 class MegatronEngine:
     """One optimizer step on one global batch by Megatron-Core over (pp, dp, cp, tp)."""
@@ -199,9 +202,7 @@ class MegatronEngine:
             )
         return found
 
-    def _forward(
-        self, source: Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]], chunk: nn.Module
-    ) -> tuple[Tensor, Any]:
+    def _forward(self, source: Iterator[Microbatch], chunk: nn.Module) -> tuple[Tensor, Any]:
         """Run a microbatch through a chunk; return its output and what makes a loss of it."""
         tokens, targets, extras = next(source)
         positions = self._context.positions(tokens.shape[1], tokens.device).expand_as(tokens)
