@@ -27,7 +27,7 @@ CASES: tuple[Case, ...] = (
     case("as-given", 2, 4, **_STAGES),
     case("as-given", 2, 4, **_STAGES, virtual_pipeline=2, schedule="interleaved"),
     case("as-given", 4, 4, **_STAGES, data=2, zero=1),
-    case("as-given", 8, 4, tensor=2, **_STAGES, data=2, zero=1),
+    case("as-given", 8, 4, tensor=2, sequence=True, **_STAGES, data=2, zero=1),
     case("as-given", 2, 2, context=2),
 )
 """Small layouts that engines may share; the first that a pair shares is the one that it is switched in."""

@@ -27,16 +27,20 @@ def test_each_engine_takes_part_where_its_rules_allow() -> None:
     assert found["ranks=2 data=2 zero=1 accumulation=2"] == ENGINES
     assert found["ranks=2 data=2 zero=3 accumulation=2"] == ("native", "deepspeed")
     assert found["ranks=2 tensor=2 sequence=True accumulation=2"] == ENGINES
-    assert found["ranks=8 tensor=2 pipeline=2 data=2 zero=1 accumulation=4"] == ("native", "megatron")
+    assert found["ranks=8 tensor=2 sequence=True pipeline=2 data=2 zero=1 accumulation=4"] == ("native", "megatron")
     why = plan.not_shared["deepspeed: as-given ranks=2 pipeline=2 accumulation=4"]
     assert why.startswith("engine.name=deepspeed runs no pipeline")
 
 
-def test_layouts_are_legal_for_the_native_engine_and_tell_axes_apart() -> None:
-    plan = plan_comparison(tiny_config({}, MOE))
-    assert not [key for key in plan.not_shared if key.startswith("native")]
-    together = " ".join(_engines(plan))
-    assert all(axis in together for axis in ("data", "tensor", "sequence", "pipeline", "virtual_pipeline", "zero=2"))
+@pytest.mark.parametrize("model", [{}, MOE], ids=["dense", "experts"])
+def test_every_layout_is_legal_for_the_native_engine(model: dict[str, object]) -> None:
+    assert not [key for key in plan_comparison(tiny_config({}, model)).not_shared if key.startswith("native")]
+
+
+def test_every_axis_and_zero_stage_is_shared_and_experts_too_where_there_are_any() -> None:
+    together = " ".join(_engines(plan_comparison(tiny_config())))
+    assert all(axis in together for axis in ("data", "tensor", "sequence", "pipeline", "virtual_pipeline", "context"))
+    assert all(f"zero={stage}" in together for stage in (1, 2, 3))
     assert any("expert=2" in case.name for case in choose(tiny_config({}, MOE), "all"))
     assert not any("expert=2" in case.name for case in choose(tiny_config(), "all"))
 
