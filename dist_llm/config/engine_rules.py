@@ -129,6 +129,14 @@ def nvme_has_a_folder(config: RunConfig, world_size: int | None) -> Iterator[Bro
         yield Broken("engine.nvme_path", "must name a folder under engine.offload_to=nvme", ("/local_nvme",))
 
 
+@reads("engine.offload_to", "parallel.zero", "parallel.offload")
+def nvme_needs_zero_3(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """`engine.offload_to: nvme` needs `parallel.zero: 3`: under 1 and 2 DeepSpeed keeps all of it in host memory."""
+    parallel = config.parallel
+    if config.engine.offload_to == "nvme" and parallel.offload != "none" and parallel.zero != 3:
+        yield Broken("engine.offload_to", "needs parallel.zero=3, without which nothing goes to files", ("cpu",))
+
+
 @reads("engine.name", "parallel.zero", "parallel.offload")
 def deepspeed_offloads_whole_shards(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
     """Under `engine=deepspeed`, `parallel.offload: parameters` needs `parallel.zero: 3`, which shards parameters."""
@@ -181,6 +189,7 @@ def fp8_needs_transformer_engine(config: RunConfig, world_size: int | None) -> I
 ENGINE_RULES: tuple[Rule, ...] = (
     engine_is_installed,
     nvme_has_a_folder,
+    nvme_needs_zero_3,
     deepspeed_offloads_whole_shards,
     megatron_splits_experts,
     megatron_weighs_experts,

@@ -57,6 +57,10 @@ def _zero(config: RunConfig, mesh: Mesh, weights: Sequence[Tensor]) -> dict[str,
         zero["offload_optimizer"] = _offload(config, mesh)
     if parallel.offload == "parameters":
         zero["offload_param"] = _offload(config, mesh)
+        if config.engine.offload_to == "nvme":
+            # By default all of a rank's weights up to a thousand million would stay in host memory.
+            largest = max(weight.numel() for weight in weights)
+            zero["offload_param"] |= {"max_in_cpu": 0, "buffer_size": largest}
     return zero
 
 

@@ -240,15 +240,19 @@ def test_the_host_adam_of_deepspeed_trains_alike_and_resumes(pool: WorkerPool, t
 @pytest.mark.parametrize("offload", ["optimizer", "parameters"])
 def test_files_train_alike_and_resume(pool: WorkerPool, tmp_path: Path, offload: str) -> None:
     """ZeRO-Infinity on a model large enough for its files to be used (1 MiB a tensor)."""
-    wide: dict[str, object] = {"hidden_size": 256, "ffn_hidden_size": 512, "vocab_size": 2000}
-    engine = {"name": "deepspeed", "offload_to": "nvme", "nvme_path": str(tmp_path / "nvme")}
-    config = _config({"zero": 3, "offload": offload}, wide, optimizer={"lr": 1e-3}, engine=engine)
+    wide: dict[str, object] = {"hidden_size": 256, "ffn_hidden_size": 512, "vocab_size": 3000}
+    there = {"name": "deepspeed", "offload_to": "nvme", "nvme_path": str(tmp_path / "nvme")}
+    sections: dict[str, Any] = {"optimizer": {"lr": 1e-3}, "engine": there}
+    config = tiny_config({"zero": 3, "offload": offload}, wide, {"microbatch": 2}, **sections)
     try:
         ours = pool.run(curve_of, config, 6, world=2)[0]
     except EngineUnavailable as error:
         pytest.skip(str(error))
     native = pool.run(curve_of, on(config, "native"), 6, world=2)[0]
     assert same(ours, native), gaps(ours, native)
+    files = [path.name for path in (tmp_path / "nvme").rglob("*.swp")]
+    assert any("exp_avg" in name for name in files)
+    assert any("param" in name for name in files) == (offload == "parameters")
     assert pool.run(journey, [(config, 3), (config, 6)], tmp_path / "saved", world=2)[0] == ours
 
 
