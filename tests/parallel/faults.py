@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dist_llm.config.model import ModelConfig
 from dist_llm.config.run import RunConfig
-from dist_llm.engine import native, routing
+from dist_llm.engine import native, recipe, routing
 from dist_llm.engine.routing import Routing
 from dist_llm.models.plan import plan_rate
 from dist_llm.ops import grouped_linear, linear
@@ -220,7 +220,7 @@ PATCHES: dict[str, Callable[[], list[Any]]] = {
     ],
     "balance loss sees a part of the sequence": lambda: [patch.object(routing, "all_reduce_sum", lambda x, axis: x)],
     "router losses counted by every tp rank": lambda: [patch.object(Routing, "begin", _share_of_all(Routing.begin))],
-    "learning rate by a shard's fan-in": lambda: [patch.object(native, "plan_rate", _rate_of_shard)],
+    "learning rate by a shard's fan-in": lambda: [patch.object(recipe, "plan_rate", _rate_of_shard)],
     "bias moved by one rank's counts": lambda: [patch.object(Routing, "gather", _own_counts)],
 }
 """What each fault replaces."""

@@ -59,7 +59,7 @@ def test_sound_engines_are_equal_and_all_pairs_switch(config: RunConfig) -> None
     ("build", "layouts", "gap"),
     [
         (stand_ins.other_rate, SWITCHED, "weights"),
-        (stand_ins.lost_sum, "tensor=2 sequence", "weights"),
+        (stand_ins.lost_sum, "ranks=2 tensor=2 sequence", "weights"),
         (stand_ins.averaged, SWITCHED, "grad_norm"),
     ],
 )

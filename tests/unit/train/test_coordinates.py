@@ -54,13 +54,13 @@ def test_wider_heads_need_their_scale() -> None:
 
 def watch_with_the_same_rate(config: Any, steps: int) -> list[Figures]:
     """Train with muP's starts but one learning rate for all."""
-    from dist_llm.engine import native
+    from dist_llm.engine import recipe
 
-    native.plan_rate = lambda model, name: 1.0
+    recipe.plan_rate = lambda model, name: 1.0
     try:
         return watch(config, steps)
     finally:
-        native.plan_rate = plan.plan_rate
+        recipe.plan_rate = plan.plan_rate
 
 
 watch = coordinates.watch_training
