@@ -163,7 +163,7 @@ def build_adam(
     options: dict[str, Any] = {"betas": tuple(update.betas), "eps": update.eps, "lr": update.lr}
     groups = list(weights)
     load = _host_adam if offloaded else _device_adam if mesh.device.type == "cuda" else None
-    kind = None if load is None else _agreed(load, mesh)
+    kind = None if load is None else _agreed(load, "Adam", mesh)
     if kind is not None:
         log_once(mesh, f"DeepSpeed's {kind.__name__} updates the weights")
         with _quiet():
@@ -175,8 +175,8 @@ def build_adam(
     return torch.optim.AdamW(groups, fused=True, **options)
 
 
-def _agreed(load: Callable[[], Any], mesh: Mesh) -> Any:
-    """Return what `load` returns, or None where it fails on any rank."""
+def _agreed(load: Callable[[], Any], name: str, mesh: Mesh) -> Any:
+    """Return what `load` returns, or None where it fails on any rank; each that it fails on says why."""
     kind, reason = None, ""
     try:
         with _quiet():
@@ -188,7 +188,7 @@ def _agreed(load: Callable[[], Any], mesh: Mesh) -> Any:
     if everywhere.item():
         return kind
     if reason:
-        log.warning("DeepSpeed's Adam cannot be built here: %s", reason)
+        log.warning("DeepSpeed's %s cannot be built here: %s", name, reason)
     return None
 
 
@@ -226,7 +226,7 @@ def require_async_io(mesh: Mesh) -> None:
 
         return AsyncIOBuilder().load(verbose=False)
 
-    if _agreed(load, mesh) is None:
+    if _agreed(load, "async_io", mesh) is None:
         raise EngineUnavailable(
             "engine.offload_to=nvme needs DeepSpeed's async_io, which does not build here: "
             "install libaio's headers (libaio-dev, libaio-devel) or use engine.offload_to=cpu"
