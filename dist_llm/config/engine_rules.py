@@ -174,6 +174,18 @@ def megatron_weighs_experts(config: RunConfig, world_size: int | None) -> Iterat
         yield Broken("model.moe.bias_rate", "must be 0 with softmax scores under engine=megatron", (0.0,))
 
 
+@reads("engine.name", "parallel.context", "parallel.recompute", "data.document_mask")
+def megatron_recomputes_with_documents(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """Under `engine=megatron`, `data.document_mask` over context ranks is without `parallel.recompute: full`.
+
+    It hands tensors alone to a layer that it runs again, and the documents of a ring are more than that.
+    """
+    parallel, ours = config.parallel, config.engine.name == "megatron" and config.data.document_mask
+    if ours and parallel.context > 1 and parallel.recompute == "full":
+        words = "must be false over context ranks under engine=megatron and parallel.recompute=full"
+        yield Broken("data.document_mask", words, (False,))
+
+
 @reads("engine.name", "engine.fp8", "engine.transformer_engine")
 def fp8_needs_transformer_engine(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
     """`engine.fp8` is under `engine=megatron` with Transformer Engine."""
@@ -193,6 +205,7 @@ ENGINE_RULES: tuple[Rule, ...] = (
     deepspeed_offloads_whole_shards,
     megatron_splits_experts,
     megatron_weighs_experts,
+    megatron_recomputes_with_documents,
     fp8_needs_transformer_engine,
     *(Limit("deepspeed", key, values, why).rule() for key, values, why in _DEEPSPEED),
     *(Limit("megatron", key, values, why).rule() for key, values, why in _MEGATRON),

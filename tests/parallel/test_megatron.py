@@ -26,18 +26,21 @@ PLAIN_GPT2 = {**GPT2, "dropout": 0.0}
 EXPERTS: dict[str, object] = {"moe": {**MOE["moe"], "bias_rate": 0.0}}  # type: ignore[dict-item]
 CHUNKS: dict[str, object] = {"pipeline": 2, "virtual_pipeline": 2, "schedule": "interleaved"}
 LLAMA3 = {"rope": {"scaling": "llama3", "factor": 8.0, "original_max_seq_len": 8}}
-LAYOUTS: list[tuple[int, dict[str, object], dict[str, object]]] = [
+Layout = tuple[int, dict[str, object], dict[str, object]]
+LAYOUTS: list[Layout] = [
     (2, {"zero": 1}, PLAIN_GPT2),
-    (2, {"zero": 0}, LLAMA3),
-    (2, {"tensor": 2}, {"qk_norm": True}),
     (2, {"pipeline": 2}, {"tie_embeddings": False}),
     (2, {**SPLIT, "recompute": "full"}, PLAIN_GPT2),
-    (2, {"context": 2}, {}),
-    (4, {"pipeline": 2, "data": 2, "zero": 1}, {"vocab_size": 64}),
     (4, {**CHUNKS, "data": 2, "zero": 1}, {}),
-    (4, {**SPLIT, "context": 2, "expert": 2}, EXPERTS),
     (4, {"data": 4, "expert": 2, "zero": 0}, EXPERTS),
     (8, {**SPLIT, "pipeline": 2, "data": 2, "zero": 1}, {}),
+]
+MORE: list[Layout] = [
+    (2, {"zero": 0}, LLAMA3),
+    (2, {"tensor": 2}, {"qk_norm": True}),
+    (2, {"context": 2}, {}),
+    (4, {"pipeline": 2, "data": 2, "zero": 1}, {"vocab_size": 64}),
+    (4, {**SPLIT, "context": 2, "expert": 2}, EXPERTS),
     (8, {**SPLIT, "pipeline": 2, "data": 2, "expert": 2, "zero": 1}, SIGMOID_MOE),
 ]
 
@@ -49,8 +52,12 @@ def _config(
     return tiny_config(parallel, model, {"global_batch": 16, "microbatch": 2}, **{**run, **sections})
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_engines_train_alike(pool: WorkerPool, layout: tuple[int, dict[str, object], dict[str, object]]) -> None:
+def _slow(layout: Layout) -> Any:
+    return pytest.param(layout, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, *map(_slow, MORE)], ids=str)
+def test_engines_train_alike(pool: WorkerPool, layout: Layout) -> None:
     ranks, parallel, model = layout
     for native, ours in pool.run(curves, _config(parallel, model), 20, BOTH, world=ranks):
         assert same(ours, native), gaps(ours, native)
@@ -91,7 +98,7 @@ def test_a_fault_is_found(pool: WorkerPool, fault: str) -> None:
     assert not same(pool.run(broken_curve, config, fault, 3, world=4)[0], native)
 
 
-STATES: list[tuple[int, dict[str, object], dict[str, object]]] = [
+STATES: list[Layout] = [
     (3, {"zero": 1}, PLAIN_GPT2),
     (4, {**SPLIT, "pipeline": 2}, {}),
     (4, {**SPLIT, "data": 2, "expert": 2, "zero": 1}, EXPERTS),

@@ -121,12 +121,6 @@ _LIMITS: list[tuple[str, dict[str, object], int | None, str]] = [
         "lowers frequencies as Llama 3.1 alone: model.rope.scaling=yarn would have to be none or llama3",
     ),
     (
-        "megatron_document_mask",
-        {"data__document_mask": True},
-        None,
-        "attends over whole sequences: data.document_mask=true would have to be false",
-    ),
-    (
         "megatron_name",
         {"precision__name": "fp64"},
         None,
@@ -208,6 +202,60 @@ BROKEN_ENGINES: list[tuple[str, dict[str, object], int | None, str]] = [
         {**_DEEPSPEED, "parallel__offload": "parameters", "parallel__zero": 2},
         None,
         "parallel.offload=parameters needs parallel.zero=3 under engine=deepspeed; use optimizer or none",
+    ),
+    (
+        "nvme_needs_zero_3",
+        {
+            **_DEEPSPEED,
+            "engine__offload_to": "nvme",
+            "engine__nvme_path": "fast",
+            "parallel__offload": "optimizer",
+            "parallel__zero": 2,
+        },
+        None,
+        "engine.offload_to=nvme needs parallel.zero=3, without which nothing goes to files",
+    ),
+    (
+        "megatron_splits_experts",
+        {**_MEGATRON, "model__moe__num_experts": 4, "parallel__tensor": 2},
+        None,
+        "parallel.sequence=false must be true with experts under engine=megatron and parallel.tensor above 1; use true",
+    ),
+    (
+        "megatron_splits_experts",
+        {**_MEGATRON, "model__moe__num_experts": 4, "model__bias": True},
+        None,
+        "model.bias=true must be false with experts under engine=megatron; use false",
+    ),
+    (
+        "megatron_weighs_experts",
+        {**_MEGATRON, "model__moe__num_experts": 4, "model__moe__top_k": 1},
+        None,
+        "model.moe.normalize=true must be false with top_k=1 under engine=megatron; use false",
+    ),
+    (
+        "megatron_weighs_experts",
+        {
+            **_MEGATRON,
+            "model__moe__num_experts": 4,
+            "model__moe__score": "sigmoid",
+            "model__moe__normalize": False,
+        },
+        None,
+        "model.moe.normalize=false must be true of sigmoid scores under engine=megatron; use true",
+    ),
+    (
+        "megatron_weighs_experts",
+        {**_MEGATRON, "model__moe__num_experts": 4, "model__moe__bias_rate": 0.1},
+        None,
+        "model.moe.bias_rate=0.1 must be 0 with softmax scores under engine=megatron; use 0.0",
+    ),
+    (
+        "megatron_recomputes_with_documents",
+        {**_MEGATRON, "data__document_mask": True, "parallel__context": 2, "parallel__recompute": "full"},
+        2,
+        "data.document_mask=true must be false over context ranks under engine=megatron and parallel.recompute=full; "
+        "use false",
     ),
     (
         "fp8_needs_transformer_engine",
