@@ -30,6 +30,7 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousIn
 from dist_llm.errors import ExitCode
 from dist_llm.runtime import lifeline
 from dist_llm.runtime.process import STORE_VARIABLE
+from dist_llm.runtime.variables import lend_variables
 
 _SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 _NOTICE_SECONDS = 4.0
@@ -77,7 +78,7 @@ def run_ranks(argv: Sequence[str], nproc: int, shutdown_seconds: float, debug: b
             max_restarts=0,
         )
         agent = _Agent(spec, DefaultLogsSpecs(log_dir=folder), shutdown_seconds)
-        with _environment(variables), _signal_handlers_kept():
+        with lend_variables(variables), _signal_handlers_kept():
             try:
                 agent.run()
             except SignalException as stop:
@@ -173,21 +174,6 @@ def _set_log_level(level: int) -> None:
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(level)
-
-
-@contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Hold environment variables for the ranks that are started inside."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @contextmanager

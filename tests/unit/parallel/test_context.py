@@ -49,7 +49,7 @@ def _over_ranks(inputs: list[Tensor], ranks: int, heads: int, documents: Tensor 
     """Return output and gradients of whole sequences, from each rank its share."""
 
     def job(rank: int) -> Tensors:
-        attention = context._attention(context_axes(rank, ranks, heads))
+        attention = context.build_attention(context_axes(rank, ranks, heads))
         mine = ContextShare(rank, ranks).positions(T // ranks, torch.device("cpu"))
         query, key, value = (x[:, :, mine].clone().requires_grad_() for x in inputs[:3])
         mask = None if documents is None else attention.mask(documents)
