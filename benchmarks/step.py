@@ -24,7 +24,7 @@ from dist_llm.config.run import RunConfig
 from dist_llm.engine.native import NativeEngine
 from dist_llm.runtime.mesh import build_mesh
 from dist_llm.runtime.pool import WorkerPool
-from dist_llm.types import Batch, DataSlice
+from dist_llm.train.bench_step import random_batch
 
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "one process": (1, ("parallel=single",)),
@@ -42,18 +42,6 @@ def layout_config(ranks: int, overrides: tuple[str, ...], seq_len: int) -> RunCo
     """Return the quickstart's config on a layout, checked against its number of ranks."""
     sizes = (f"data.seq_len={seq_len}", f"launcher.nproc={ranks}")
     return decode_and_check(compose(["experiment=quickstart", *overrides, *sizes]), ranks)
-
-
-def random_batch(config: RunConfig, share: DataSlice, step: int) -> Batch:
-    """Return this share of the random global batch of a step."""
-    data = config.data
-    generator = torch.Generator().manual_seed(step)
-    shape = (data.global_batch, data.seq_len + 1)
-    tokens = torch.randint(0, config.model.vocab_size, shape, generator=generator)
-    each = data.global_batch // share.count
-    rows = slice(share.index * each, (share.index + 1) * each)
-    samples = torch.arange(step * data.global_batch, (step + 1) * data.global_batch)[rows]
-    return Batch(step, tokens[rows, :-1], tokens[rows, 1:], samples)
 
 
 def step_seconds(config: RunConfig, warm_up: int, steps: int) -> list[float]:

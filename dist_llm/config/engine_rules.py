@@ -43,9 +43,14 @@ class Limit:
             words = f"{self.why}: {self.key}={shown(value)} would have to be {self._listed()}"
             yield Broken("engine.name", words, tuple(name for name in ENGINES if name != self.engine))
 
-        check.__name__ = f"{self.engine}_{self.key.rpartition('.')[2]}"
+        check.__name__ = "_".join([self.engine, *self._setting()])
         check.__doc__ = f"Under `engine={self.engine}`, `{self.key}` is {self._listed()}: it {self.why}."
         return Rule(check, ("engine.name", self.key, *self.reads))
+
+    def _setting(self) -> list[str]:
+        """Return the key without its section, or the section where the key is its name."""
+        section, *words = self.key.removesuffix(".name").split(".")
+        return words or [section]
 
     def _listed(self) -> str:
         texts = ["null" if value is None else str(shown(value)) for value in self.values]

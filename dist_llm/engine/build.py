@@ -10,6 +10,7 @@ from dist_llm.engine.base import Engine
 from dist_llm.engine.native import NativeEngine
 from dist_llm.errors import EngineUnavailable
 from dist_llm.runtime.cpu_torch import without_compiler
+from dist_llm.runtime.log import adopt_logger
 from dist_llm.runtime.mesh import Mesh
 from dist_llm.runtime.variables import keep_variables
 
@@ -27,6 +28,7 @@ def build_engine(config: RunConfig, mesh: Mesh) -> Engine:
 
 def _megatron(config: RunConfig, mesh: Mesh) -> Engine:
     """Return the Megatron-Core engine. What the library warns of, for good, are packages and switches of its own."""
+    adopt_logger("megatron")
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     try:

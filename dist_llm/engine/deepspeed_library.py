@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from functools import partial
@@ -20,7 +19,7 @@ import torch.distributed as dist
 
 from dist_llm.config.training import OptimizerConfig
 from dist_llm.errors import EngineUnavailable
-from dist_llm.runtime.log import get_logger
+from dist_llm.runtime.log import adopt_logger, get_logger
 from dist_llm.runtime.mesh import Mesh
 from dist_llm.runtime.variables import lend_variables
 
@@ -74,10 +73,7 @@ def _quiet() -> Iterator[None]:
     """Drop what DeepSpeed prints, and let its errors go to our log: its warnings are about settings that we make."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield
-    theirs = logging.getLogger("DeepSpeed")
-    theirs.handlers = []
-    theirs.setLevel(logging.ERROR)
-    theirs.parent, theirs.propagate = logging.getLogger("dist_llm"), True
+    adopt_logger("DeepSpeed")
 
 
 class Session:

@@ -8,7 +8,6 @@ Megatron-Core keeps one layout in module globals (`parallel_state`): one such en
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -26,6 +25,7 @@ from dist_llm.accounting.stages import plan_stages
 from dist_llm.config.run import RunConfig
 from dist_llm.engine.loss_scale import LossScale
 from dist_llm.engine.megatron_cpu import name_types, prepare_modules
+from dist_llm.engine.megatron_fused import find_fused
 from dist_llm.engine.megatron_model import build_chunks, chosen_attention
 from dist_llm.engine.megatron_names import Names, is_split
 from dist_llm.engine.megatron_optimizer import (
@@ -80,9 +80,9 @@ class MegatronEngine:
         """Build the chunks, their gradient buffers and the optimizer."""
         config, mesh = self._config, self._mesh
         stages = plan_stages(config.model, config.parallel.num_stages)
-        engine = mesh.device.type == "cuda" and _has_transformer_engine(config)
-        self._attend = chosen_attention(config, mesh, engine)
-        self._settings, models = build_chunks(config, stages, mesh, engine, self._attend)
+        fused = find_fused(config, mesh.device.type == "cuda")
+        self._attend = chosen_attention(config, mesh, fused)
+        self._settings, models = build_chunks(config, stages, mesh, fused, self._attend)
         expert = parallel_state.get_expert_model_parallel_rank() * (
             config.model.moe.num_experts // config.parallel.expert
         )
@@ -306,12 +306,6 @@ def _initialize_parallel_state(config: RunConfig) -> None:
         order="tp-cp-ep-dp-pp",
         create_gloo_process_groups=False,
     )
-
-
-def _has_transformer_engine(config: RunConfig) -> bool:
-    """Return whether layers are to be Transformer Engine's."""
-    wanted = config.engine.transformer_engine == "auto"
-    return wanted and importlib.util.find_spec("transformer_engine") is not None
 
 
 def _as_parameter(shard: TensorShard) -> LocalShard:

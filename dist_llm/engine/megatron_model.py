@@ -1,7 +1,7 @@
 """Megatron-Core's GPTModel from our config: its settings, its layers' make-up and this rank's chunks of it.
 
-Layers are Transformer Engine's on CUDA where that is installed, else Megatron-Core's own with our norms, which know
-sequence parallelism. Stages are dealt as in the native engine (Megatron's pipeline layout), names are global.
+Layers are Transformer Engine's on CUDA where that is installed, else Megatron-Core's own with apex's LayerNorm or our
+norms, which know sequence parallelism. Stages are dealt as in the native engine (Megatron's pipeline layout).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -25,6 +26,7 @@ from dist_llm.accounting.stages import StagePlan
 from dist_llm.config.model import ModelConfig
 from dist_llm.config.run import RunConfig
 from dist_llm.engine.megatron_attention import CoreAttention
+from dist_llm.engine.megatron_fused import Fused
 from dist_llm.engine.recipe import DTYPES
 from dist_llm.models.norm import build_norm
 from dist_llm.models.rope import scaled_frequencies
@@ -90,7 +92,7 @@ def _expert_settings(model: ModelConfig, copies: int, microbatch: int) -> dict[s
     return settings
 
 
-def _layout_settings(config: RunConfig, stages: list[StagePlan], cuda: bool) -> dict[str, Any]:
+def _layout_settings(config: RunConfig, stages: list[StagePlan], cuda: bool, fused: Fused) -> dict[str, Any]:
     """Return what Megatron-Core is told of the layout, the formats and its own fusions."""
     parallel, compute = config.parallel, config.precision.compute
     settings: dict[str, Any] = {
@@ -112,6 +114,7 @@ def _layout_settings(config: RunConfig, stages: list[StagePlan], cuda: bool) -> 
         "bias_activation_fusion": cuda,
         "bias_dropout_fusion": cuda,
         "masked_softmax_fusion": cuda,
+        "gradient_accumulation_fusion": fused.accumulation,
         "apply_rope_fusion": False,
         "persist_layer_norm": False,
     }
@@ -143,15 +146,15 @@ def _norm_of(model: ModelConfig) -> type:
     return Norm
 
 
-def _spec(model: ModelConfig, experts: bool, engine: bool, attend: Attend | None) -> Any:
-    """Return the make-up of a layer. engine: of Transformer Engine's parts; attend: ours in place of its attention."""
+def _spec(model: ModelConfig, experts: bool, fused: Fused, attend: Attend | None) -> Any:
+    """Return the make-up of a layer. attend: our attention, in place of Megatron-Core's or Transformer Engine's."""
     num_experts = model.moe.num_experts if experts else None
-    if engine:
+    if fused.layers:
         spec = get_gpt_layer_with_transformer_engine_spec(num_experts, experts, model.qk_norm)
     else:
         spec = get_gpt_layer_local_spec(num_experts, qk_layernorm=model.qk_norm, normalization="RMSNorm")
         parts = spec.submodules
-        parts.input_layernorm = parts.pre_mlp_layernorm = _norm_of(model)
+        parts.input_layernorm = parts.pre_mlp_layernorm = FusedLayerNorm if fused.norms else _norm_of(model)
     attention = spec.submodules.self_attention.submodules
     if model.qk_norm:
         attention.q_layernorm = attention.k_layernorm = _norm_of(model.model_copy(update={"norm": "rmsnorm"}))
@@ -160,25 +163,25 @@ def _spec(model: ModelConfig, experts: bool, engine: bool, attend: Attend | None
     return spec
 
 
-def _layers(model: ModelConfig, stage: StagePlan, engine: bool, attend: Attend | None) -> Any:
+def _layers(model: ModelConfig, stage: StagePlan, fused: Fused, attend: Attend | None) -> Any:
     """Return the make-up of a stage's layers and of the last norm."""
-    norm: Any = _norm_of(model)
-    if engine:
+    norm: Any = FusedLayerNorm if fused.norms else _norm_of(model)
+    if fused.layers:
         from megatron.core.extensions import transformer_engine
 
         norm = transformer_engine.TENorm
-    specs = [_spec(model, model.has_experts(layer), engine, attend) for layer in stage.layers]
+    specs = [_spec(model, model.has_experts(layer), fused, attend) for layer in stage.layers]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
 
 
-def chosen_attention(config: RunConfig, mesh: Mesh, engine: bool) -> Attend | None:
+def chosen_attention(config: RunConfig, mesh: Mesh, fused: Fused) -> Attend | None:
     """Return our attention where Megatron-Core's cannot do what the config asks for, else None."""
-    ours = config.data.document_mask or (mesh.cp.size > 1 and not engine)
+    ours = config.data.document_mask or (mesh.cp.size > 1 and not fused.layers)
     return build_attention(mesh.context) if ours else None
 
 
 def build_chunks(
-    config: RunConfig, stages: list[StagePlan], mesh: Mesh, engine: bool, attend: Attend | None
+    config: RunConfig, stages: list[StagePlan], mesh: Mesh, fused: Fused, attend: Attend | None
 ) -> tuple[TransformerConfig, list[GPTModel]]:
     """Return Megatron-Core's settings and this rank's chunks of the model, weights not yet filled."""
     model = config.model
@@ -186,13 +189,13 @@ def build_chunks(
     settings = TransformerConfig(
         **_model_settings(model),
         **_expert_settings(model, mesh.tp.size * mesh.cp.size, config.data.microbatch),
-        **_layout_settings(config, stages, cuda),
+        **_layout_settings(config, stages, cuda, fused),
     )
     mine = [stage for stage in stages if stage.index % mesh.pp.size == mesh.pp.index]
     chunks = [
         GPTModel(
             settings,
-            _layers(model, stage, engine, attend),
+            _layers(model, stage, fused, attend),
             padded_vocab(model.vocab_size, mesh.tp.size),
             model.max_seq_len,
             pre_process=stage.first,

@@ -31,6 +31,14 @@ def configure_logging(rank: int, debug: bool = False, to_stderr: bool = True) ->
     logger.propagate = False
 
 
+def adopt_logger(name: str) -> None:
+    """Let the errors of a library go to this package's log, under its logger `name`, and drop its warnings."""
+    theirs = logging.getLogger(name)
+    theirs.handlers = []
+    theirs.setLevel(logging.ERROR)
+    theirs.parent, theirs.propagate = logging.getLogger(_ROOT), True
+
+
 class _ToCurrentStream(logging.Handler):
     """Writes to whatever sys.stderr or sys.stdout is now: a live line on the terminal puts itself in their place."""
 

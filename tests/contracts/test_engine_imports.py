@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.contracts.interpreter import run_command
 from tests.contracts.source import ROOT, Source, imported_modules, python_sources
 
 OWNERS = {
@@ -20,18 +18,6 @@ OWNERS = {
 }
 """Beginnings of the names of files that may import a package, and only they."""
 
-_RUN_MAIN = """
-import contextlib, io, json, sys
-from dist_llm.cli.main import main
-text = io.StringIO()
-with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
-    try:
-        code = main(json.loads(sys.argv[1]))
-    except SystemExit as stop:
-        code = stop.code
-tops = {name.partition(".")[0] for name in sys.modules}
-print(json.dumps({"code": code or 0, "loaded": sorted(tops & set(json.loads(sys.argv[2]))), "text": text.getvalue()}))
-"""
 TINY = (
     "model=llama-tiny model.num_layers=1 model.hidden_size=32 model.ffn_hidden_size=64 model.vocab_size=384 "
     "model.max_seq_len=32 data.seq_len=32 data.global_batch=4 data.microbatch=4 run.steps=1 device=cpu "
@@ -50,13 +36,9 @@ def foreign_imports(sources: Iterable[Source]) -> Iterator[str]:
 
 def _loaded(words: list[str], packages: Iterable[str] = OWNERS) -> list[str]:
     """Run a command in an interpreter of its own; return which of the packages it loaded."""
-    program = [sys.executable, "-c", _RUN_MAIN, json.dumps(words), json.dumps(list(packages))]
-    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout.splitlines()[-1])
-    assert answer["code"] == 0, answer["text"]
-    loaded: list[str] = answer["loaded"]
-    return loaded
+    done = run_command(words)
+    assert done.code == 0, done.text
+    return sorted({name.partition(".")[0] for name in done.loaded} & set(packages))
 
 
 def test_only_an_engine_imports_its_package() -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import PurePosixPath
 
 import pytest
 
-from tests.contracts.source import ROOT, repository_files
+from tests.contracts.interpreter import run_command, run_python
+from tests.contracts.source import repository_files
 
 HEAVY = ("torch", "matplotlib", "tensorboard", "sentencepiece", "safetensors")
 CONFIG_ONLY = ("hydra", "omegaconf")
@@ -31,30 +30,11 @@ for name in json.loads(sys.argv[1]):
             del sys.modules[heavy]
 print(json.dumps(found))
 """
-_RUN_MAIN = """
-import contextlib, io, json, sys
-bare = set(sys.modules)
-from dist_llm.cli.main import main
-text = io.StringIO()
-with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
-    try:
-        code = main(json.loads(sys.argv[1]))
-    except SystemExit as stop:
-        code = stop.code
-print(json.dumps({"code": code or 0, "loaded": sorted(set(sys.modules) - bare), "text": text.getvalue()}))
-"""
-
-
-def _python(program: str, *arguments: object) -> str:
-    words = [sys.executable, "-c", program, *(json.dumps(argument) for argument in arguments)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def heavy_imports(modules: list[str], forbidden: tuple[str, ...]) -> list[str]:
     """Import the modules in order in one fresh interpreter; return `module loads heavy module` for each that does."""
-    found: list[str] = json.loads(_python(_IMPORT_EACH, modules, forbidden))
+    found: list[str] = json.loads(run_python(_IMPORT_EACH, modules, forbidden))
     return found
 
 
@@ -82,18 +62,18 @@ def test_heavy_imports_is_seen() -> None:
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["launch", "--help"]], ids=" ".join)
 def test_help_is_light(words: list[str]) -> None:
-    answer = json.loads(_python(_RUN_MAIN, words))
-    assert answer["code"] == 0
-    assert "dist-llm" in answer["text"]
-    assert [name for name in answer["loaded"] if name in HEAVY + CONFIG_ONLY] == []
-    assert len(answer["loaded"]) <= HELP_MODULES, f"{len(answer['loaded'])} modules: {answer['loaded']}"
+    answer = run_command(words)
+    assert answer.code == 0
+    assert "dist-llm" in answer.text
+    assert [name for name in answer.loaded if name in HEAVY + CONFIG_ONLY] == []
+    assert len(answer.loaded) <= HELP_MODULES, f"{len(answer.loaded)} modules: {answer.loaded}"
 
 
 def test_config_error_is_light() -> None:
-    answer = json.loads(_python(_RUN_MAIN, ["train", "parallel.tensor=3", "model.num_heads=8", "optimizer.lrr=1"]))
-    assert answer["code"] == 78
-    assert "Traceback" not in answer["text"]
-    assert "parallel.tensor=3" in answer["text"]
-    assert "optimizer.lrr" in answer["text"]
-    assert [name for name in answer["loaded"] if name in HEAVY] == []
-    assert len(answer["loaded"]) <= CONFIG_MODULES, f"{len(answer['loaded'])} modules: {answer['loaded']}"
+    answer = run_command(["train", "parallel.tensor=3", "model.num_heads=8", "optimizer.lrr=1"])
+    assert answer.code == 78
+    assert "Traceback" not in answer.text
+    assert "parallel.tensor=3" in answer.text
+    assert "optimizer.lrr" in answer.text
+    assert [name for name in answer.loaded if name in HEAVY] == []
+    assert len(answer.loaded) <= CONFIG_MODULES, f"{len(answer.loaded)} modules: {answer.loaded}"

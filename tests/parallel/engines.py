@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -17,18 +20,30 @@ from dist_llm.engine.base import Engine
 from dist_llm.engine.build import build_engine
 from dist_llm.runtime.mesh import build_control_group, build_mesh
 from dist_llm.train.checkpoints import Checkpoints
+from dist_llm.train.engines import on_engine
 from dist_llm.train.identity import identity_of, layout_of, recipe_of
 from dist_llm.train.trace import Rectangle
 from dist_llm.types import StepResult
-from tests.parallel.tiny import Curve, random_batch
+from tests.parallel.tiny import Curve, random_batch, tiny_config
 from tests.tolerances import ENGINE_LOSS, ENGINE_NORM
 
+RATES = {"native": 1e-3, "deepspeed": 1e-2, "megatron": 1e-3}
+"""Learning rates; at 1e-2 Adam's first steps turn rounding into gaps near the bounds (megatron's norm: 6e-5)."""
 
-def on(config: RunConfig, engine: str) -> RunConfig:
-    """Return the same run on another engine, and without what only DeepSpeed has."""
-    tree = config.model_dump()
-    tree["engine"] = {**tree["engine"], "name": engine} if engine == "deepspeed" else {"name": engine}
-    return RunConfig.model_validate(tree)
+
+def needs(engine: str) -> pytest.MarkDecorator:
+    """Return the mark of a test that is skipped where the library of an engine is not installed."""
+    missing = importlib.util.find_spec(engine) is None
+    return pytest.mark.skipif(missing, reason=f"the extra `{engine}` is not installed")
+
+
+def engine_config(
+    name: str, parallel: dict[str, object], model: dict[str, object] | None = None, **sections: Any
+) -> RunConfig:
+    """Return a tiny run of 20 steps on an engine: a layer or two of each stage, two sequences a microbatch."""
+    depth: dict[str, object] = {"num_layers": 4 if "virtual_pipeline" in parallel else 2}
+    own = {"run": {"steps": 20, "seed": 1}, "engine": {"name": name}, "optimizer": {"lr": RATES[name]}}
+    return tiny_config(parallel, {**(model or {}), **depth}, {"microbatch": 2}, **{**own, **sections})
 
 
 @contextlib.contextmanager
@@ -56,9 +71,9 @@ def curve_of(config: RunConfig, steps: int) -> Curve:
     return [(result.loss, result.grad_norm) for result in results(config, steps)]
 
 
-def curves(config: RunConfig, steps: int, engines: tuple[str, ...]) -> list[Curve]:
-    """Train on one engine after another in the same processes."""
-    return [curve_of(on(config, engine), steps) for engine in engines]
+def curves(config: RunConfig, steps: int) -> list[Curve]:
+    """Train on the native engine, then in the same processes on that of the config."""
+    return [curve_of(on_engine(config, engine), steps) for engine in ("native", config.engine.name)]
 
 
 def gaps(ours: Curve, theirs: Curve) -> tuple[float, float]:
@@ -110,3 +125,45 @@ def journey(legs: list[tuple[RunConfig, int]], root: Path) -> Curve:
             checkpoints.save(stop, tokens=0)
             done = stop
     return whole
+
+
+def skipped_step(config: RunConfig, ruin: bool) -> dict[str, object]:
+    """Run two steps that cannot be taken; ruin: a weight is not finite, and three updates went before.
+
+    Return the facts of the engine at the end, whether each was skipped, and whether the first left all as it was.
+    """
+    with running(config) as engine:
+        state = engine.state()
+        for shard in state.tensors if ruin else ():
+            if shard.name == "model.layers.0.mlp_norm.weight":
+                shard.data.fill_(torch.inf)
+        engine.restore({**state.facts, "optimizer_updates": 3 if ruin else 0})
+        before = held(engine)
+        first = engine.train_step(random_batch(config, engine.data_slice, 0))
+        unchanged = all(np.array_equal(a[3], b[3]) for a, b in zip(before, held(engine), strict=True))
+        again = engine.train_step(random_batch(config, engine.data_slice, 1))
+        return {**engine.state().facts, "skipped": first.skipped, "again": again.skipped, "unchanged": unchanged}
+
+
+def evaluations(config: RunConfig) -> list[tuple[float, int]]:
+    """Return loss sum and tokens of a batch before a step and after it, natively and on the config's engine."""
+    found = []
+    for name in ("native", config.engine.name):
+        with running(on_engine(config, name)) as engine:
+            for step in range(2):
+                loss = engine.eval_step(random_batch(config, engine.data_slice, 7))
+                found.append((loss.loss, loss.tokens))
+                engine.train_step(random_batch(config, engine.data_slice, step))
+    return found
+
+
+def without_host_adam(job: Any, *args: Any) -> Any:
+    """Run a job where DeepSpeed's host Adam cannot be built, which takes a minute where it can."""
+    from dist_llm.engine import deepspeed_library
+
+    def load() -> None:
+        raise RuntimeError("no compiler")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deepspeed_library, "_host_adam", load)
+        return job(*args)

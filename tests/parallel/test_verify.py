@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ import pytest
 from dist_llm.config.decode import decode
 from dist_llm.config.run import RunConfig
 from dist_llm.runtime.pool import WorkerPool
-from dist_llm.runtime.seed import set_determinism
 from dist_llm.train import verify
 from dist_llm.train import verify_resume as resume
 from dist_llm.train.trace import Trace, train_case
@@ -19,32 +17,20 @@ from dist_llm.train.verify import verify_layout
 from dist_llm.train.verify_resume import Leg, Outcome, run_leg, verify_resume
 from tests.parallel.faults import planted
 from tests.parallel.tiny import MOE, build, tiny_config
-
-TEXT = "".join(f"line {n}: the quick brown fox jumps over {n * 7919 % 1000} lazy dogs\n" for n in range(3000))
+from tests.parallel.verifying import corpus_config, lending
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """A tiny run on a text corpus; two layers a pipeline stage, so that interleaving is legal."""
-    folder = tmp_path_factory.mktemp("corpus")
-    (folder / "corpus.txt").write_text(TEXT, encoding="utf-8")
-    data = {"path": str(folder / "corpus.txt"), "cache_dir": str(folder / "cache"), "microbatch": 2}
-    run = {"run": {"steps": 40, "seed": 1}, "schedule": {"name": "cosine", "warmup_steps": 20}}
-    return tiny_config({}, {"vocab_size": 300}, data, launcher={"nproc": 1}, **run)
-
-
-def _lent(pool: WorkerPool, size: int) -> AbstractContextManager[WorkerPool]:
-    """Return the pool that is there, or one of its own where more ranks are asked for."""
-    return nullcontext(pool) if size <= pool.size else WorkerPool(size, timeout_seconds=300.0)
+    """A tiny run on a text corpus, at a learning rate whose steps do not amplify rounding."""
+    return corpus_config(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture
-def shared(pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let `verify` use the ranks that are there, where it would start its own, and give them back as they were."""
-    for module in (verify, resume):
-        monkeypatch.setattr(module, "WorkerPool", lambda size, timeout_seconds: _lent(pool, size))
-    yield
-    pool.run(set_determinism, 0, False, world=pool.size)
+def shared(pool: WorkerPool) -> Iterator[None]:
+    """Let it use the ranks that are there, where it would start its own."""
+    with lending(pool, verify, resume):
+        yield
 
 
 def broken_case(config: RunConfig, prefix: Path, eos_id: int, steps: int, look: int) -> Trace:

@@ -11,12 +11,10 @@ import pytest
 from dist_llm.config.run import RunConfig
 from dist_llm.errors import ConfigError
 from dist_llm.runtime.pool import WorkerPool
-from dist_llm.runtime.seed import set_determinism
 from dist_llm.train import verify_engine as verify
 from dist_llm.train.verify_engine import verify_engine
 from tests.parallel import stand_ins
-from tests.parallel.test_verify import TEXT, _lent
-from tests.parallel.tiny import tiny_config
+from tests.parallel.verifying import corpus_config, lending
 
 SWITCHED = "ranks=2 data=2 zero=1"
 
@@ -24,19 +22,14 @@ SWITCHED = "ranks=2 data=2 zero=1"
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A tiny run on a text corpus, at a learning rate whose steps do not amplify rounding."""
-    folder = tmp_path_factory.mktemp("corpus")
-    (folder / "corpus.txt").write_text(TEXT, encoding="utf-8")
-    data = {"path": str(folder / "corpus.txt"), "cache_dir": str(folder / "cache"), "microbatch": 2}
-    run = {"run": {"steps": 40, "seed": 1}, "schedule": {"name": "cosine", "warmup_steps": 20}}
-    return tiny_config({}, {"vocab_size": 300}, data, launcher={"nproc": 1}, **run)
+    return corpus_config(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture
-def shared(pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let it use the ranks that are there, where it would start its own, and give them back as they were."""
-    monkeypatch.setattr(verify, "WorkerPool", lambda size, timeout_seconds: _lent(pool, size))
-    yield
-    pool.run(set_determinism, 0, False, world=pool.size)
+def shared(pool: WorkerPool) -> Iterator[None]:
+    """Let it use the ranks that are there, where it would start its own."""
+    with lending(pool, verify):
+        yield
 
 
 def _rows(facts: dict[str, Any], table: str, **wanted: str) -> list[dict[str, Any]]:

@@ -43,7 +43,7 @@ _LIMITS: list[tuple[str, dict[str, object], int | None, str]] = [
         "waits for a region's gather: parallel.async_tensor=true would have to be false",
     ),
     (
-        "deepspeed_name",
+        "deepspeed_precision",
         {"precision__name": "fp64"},
         None,
         "keeps masters in fp32: precision.name=fp64 would have to be fp32, bf16 or fp16",
@@ -109,19 +109,19 @@ _LIMITS: list[tuple[str, dict[str, object], int | None, str]] = [
         "draws masks that depend on the layout: model.attention_dropout=0.1 would have to be 0.0",
     ),
     (
-        "megatron_base_width",
+        "megatron_mup_base_width",
         {"model__mup__base_width": 32},
         None,
         "has no muP: model.mup.base_width=32 would have to be null",
     ),
     (
-        "megatron_scaling",
+        "megatron_rope_scaling",
         {"model__rope__scaling": "yarn", "model__rope__factor": 4.0},
         None,
         "lowers frequencies as Llama 3.1 alone: model.rope.scaling=yarn would have to be none or llama3",
     ),
     (
-        "megatron_name",
+        "megatron_precision",
         {"precision__name": "fp64"},
         None,
         "keeps masters in fp32: precision.name=fp64 would have to be fp32, bf16 or fp16",
@@ -134,7 +134,7 @@ _LIMITS: list[tuple[str, dict[str, object], int | None, str]] = [
         "interleaved",
     ),
     (
-        "megatron_capacity_factor",
+        "megatron_moe_capacity_factor",
         {"model__moe__num_experts": 4, "model__moe__capacity_factor": 1.5},
         None,
         "drops no rows here: model.moe.capacity_factor=1.5 would have to be null",
@@ -144,7 +144,7 @@ _LIMITS: list[tuple[str, dict[str, object], int | None, str]] = [
 ALONE = {
     f"{engine}_{setting}"
     for engine in ("deepspeed", "megatron")
-    for setting in ("replicate", "compile", "async_tensor", "name")
+    for setting in ("replicate", "compile", "async_tensor", "precision")
 } | {"megatron_schedule"}
 """What the native engine alone can do; the other rows name two engines."""
 
