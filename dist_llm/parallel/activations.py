@@ -18,7 +18,14 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-_REDUCING = {"c10d.allreduce_.default", "c10d._allgather_base_.default", "c10d._reduce_scatter_base_.default"}
+from dist_llm.runtime.reduce_scatter import NAMESPACE
+
+_REDUCING = {
+    "c10d.allreduce_.default",
+    "c10d._allgather_base_.default",
+    "c10d._reduce_scatter_base_.default",
+    f"{NAMESPACE}.reduce_scatter.default",
+}
 """How ZeRO gathers and reduces; over the same ranks, tokens travel by sends and all-to-alls."""
 
 
@@ -88,7 +95,7 @@ class ActivationLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _over_state(self, args: tuple[Any, ...]) -> bool:
         groups = [arg for arg in args if isinstance(arg, torch.ScriptObject)]
-        names = {_group_name(group) for group in groups}
+        names = {_group_name(group) for group in groups} | {arg for arg in args if isinstance(arg, str)}
         return bool(names & self._groups)
 
     def _see(self, tensor: Tensor, born: bool) -> None:

@@ -19,9 +19,9 @@ from jaxtyping import Float, Num
 from torch import Tensor
 
 from dist_llm.runtime.mesh import Axis
+from dist_llm.runtime.reduce_scatter import reduce_scatter
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def all_reduce_sum(x: Num[Tensor, "*shape"], axis: Axis) -> Num[Tensor, "*shape"]:
@@ -46,7 +46,7 @@ def _reduce_scatter_sequence(
     """Sum x over the axis and keep this rank's part of the sequence. Issues one reduce-scatter."""
     parts = x.reshape(x.shape[0], axis.size, -1, *x.shape[2:]).transpose(0, 1).contiguous()
     out = x.new_empty(parts.shape[1:])
-    _reduce_scatter(out, parts.view(-1, *parts.shape[2:]), group=axis.group)
+    reduce_scatter(out, parts.view(-1, *parts.shape[2:]), axis.group)
     return out
 
 

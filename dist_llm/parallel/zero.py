@@ -22,6 +22,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from dist_llm.config.parallel import ParallelConfig
 from dist_llm.runtime.mesh import Axis, Mesh
+from dist_llm.runtime.reduce_scatter import reduce_scatter
 
 
 def needs_fsdp(mesh: Mesh, compute: torch.dtype, master: torch.dtype, offload: str) -> bool:
@@ -60,7 +61,26 @@ def apply_zero(
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+            module.set_custom_reduce_scatter(_ReduceScatter())  # type: ignore[arg-type]
     _set_prefetch([model] if rest else [], units, inside, parallel.prefetch)
+
+
+class _ReduceScatter:
+    """FSDP2's reduce-scatter: the one of all of this package."""
+
+    @staticmethod
+    def allocate(size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return a buffer that it is given to, or from."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    @staticmethod
+    def __call__(
+        output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> None:
+        """Sum the input over the group and keep a part."""
+        if op != dist.ReduceOp.SUM or async_op:
+            raise ValueError("gradients are summed, and waited for")
+        reduce_scatter(output_tensor, input_tensor, group)
 
 
 def _set_prefetch(

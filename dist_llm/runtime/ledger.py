@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dist_llm.runtime.reduce_scatter import NAMESPACE
+
 _SPELLINGS = {
     "all_reduce": ("allreduce_", "allreduce_coalesced_", "all_reduce", "all_reduce_", "all_reduce_coalesced"),
     "all_gather": (
@@ -33,6 +35,7 @@ _SPELLINGS = {
     "reduce_scatter": (
         "_reduce_scatter_base_",
         "reduce_scatter_",
+        "reduce_scatter",
         "reduce_scatter_tensor_coalesced_",
         "reduce_scatter_tensor",
         "reduce_scatter_tensor_out",
@@ -46,7 +49,7 @@ _SPELLINGS = {
     "scatter": ("scatter_",),
     "barrier": ("barrier", "monitored_barrier_"),
 }
-_SPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
+_SPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", NAMESPACE)
 KINDS = {
     f"{space}.{spelling}.default": kind
     for kind, spellings in _SPELLINGS.items()

@@ -98,7 +98,7 @@ def issued_and_formula(config: RunConfig) -> dict[str, tuple[int, int]]:
     traffic = step_traffic(Shapes(config.model, config.parallel, config.precision, config.data, place, 1))
     names = {
         "all_gather": ("c10d::_allgather_base_", "_c10d_functional::all_gather_into_tensor"),
-        "reduce_scatter": ("c10d::_reduce_scatter_base_", "_c10d_functional::reduce_scatter_tensor"),
+        "reduce_scatter": ("dist_llm_c10d::reduce_scatter", "_c10d_functional::reduce_scatter_tensor"),
     }
     return {kind: (sum(seen.get(name, 0) for name in both), traffic.counts["tp", kind]) for kind, both in names.items()}
 
