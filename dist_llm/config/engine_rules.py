@@ -19,6 +19,9 @@ PACKAGES = {"deepspeed": "deepspeed", "megatron": "megatron-core"}
 """The package in `config/extensions.py` that an engine is made of; ours needs none."""
 
 
+_FREE = ", not under native"
+
+
 @dataclass(frozen=True)
 class Limit:
     """Under an engine a setting must be one of `values`, because of `why`.
@@ -147,7 +150,7 @@ def deepspeed_offloads_whole_shards(config: RunConfig, world_size: int | None) -
     """Under `engine=deepspeed`, `parallel.offload: parameters` needs `parallel.zero: 3`, which shards parameters."""
     parallel = config.parallel
     if config.engine.name == "deepspeed" and parallel.offload == "parameters" and parallel.zero != 3:
-        yield Broken("parallel.offload", "needs parallel.zero=3 under engine=deepspeed", ("optimizer", "none"))
+        yield Broken("parallel.offload", f"needs parallel.zero=3 under engine=deepspeed{_FREE}", ("optimizer", "none"))
 
 
 @reads("engine.name", "parallel.tensor", "parallel.sequence", "model.bias", *_EXPERTS)
@@ -156,10 +159,10 @@ def megatron_splits_experts(config: RunConfig, world_size: int | None) -> Iterat
     if config.engine.name != "megatron" or _no_experts(config):
         return
     if config.parallel.tensor > 1 and not config.parallel.sequence:
-        words = "must be true with experts under engine=megatron and parallel.tensor above 1"
+        words = f"must be true with experts under engine=megatron and parallel.tensor above 1{_FREE}"
         yield Broken("parallel.sequence", words, (True,))
     if config.model.bias:
-        yield Broken("model.bias", "must be false with experts under engine=megatron", (False,))
+        yield Broken("model.bias", f"must be false with experts under engine=megatron{_FREE}", (False,))
 
 
 @reads("engine.name", *(f"model.moe.{name}" for name in ("score", "top_k", "normalize", "bias_rate")), *_EXPERTS)
@@ -172,11 +175,11 @@ def megatron_weighs_experts(config: RunConfig, world_size: int | None) -> Iterat
     if config.engine.name != "megatron" or _no_experts(config):
         return
     if moe.top_k == 1 and moe.normalize:
-        yield Broken("model.moe.normalize", "must be false with top_k=1 under engine=megatron", (False,))
+        yield Broken("model.moe.normalize", f"must be false with top_k=1 under engine=megatron{_FREE}", (False,))
     if moe.top_k > 1 and moe.score == "sigmoid" and not moe.normalize:
-        yield Broken("model.moe.normalize", "must be true of sigmoid scores under engine=megatron", (True,))
+        yield Broken("model.moe.normalize", f"must be true of sigmoid scores under engine=megatron{_FREE}", (True,))
     if moe.score == "softmax" and moe.bias_rate:
-        yield Broken("model.moe.bias_rate", "must be 0 with softmax scores under engine=megatron", (0.0,))
+        yield Broken("model.moe.bias_rate", f"must be 0 with softmax scores under engine=megatron{_FREE}", (0.0,))
 
 
 @reads("engine.name", "parallel.context", "parallel.recompute", "data.document_mask")
@@ -187,13 +190,13 @@ def megatron_recomputes_with_documents(config: RunConfig, world_size: int | None
     """
     parallel, ours = config.parallel, config.engine.name == "megatron" and config.data.document_mask
     if ours and parallel.context > 1 and parallel.recompute == "full":
-        words = "must be false over context ranks under engine=megatron and parallel.recompute=full"
+        words = f"must be false over context ranks under engine=megatron and parallel.recompute=full{_FREE}"
         yield Broken("data.document_mask", words, (False,))
 
 
 @reads("engine.name", "engine.fp8", "engine.transformer_engine")
 def fp8_needs_transformer_engine(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
-    """`engine.fp8` is under `engine=megatron` with Transformer Engine."""
+    """`engine.fp8` is under `engine=megatron` with Transformer Engine, which is installed."""
     engine = config.engine
     if engine.fp8 == "none":
         return
@@ -201,6 +204,8 @@ def fp8_needs_transformer_engine(config: RunConfig, world_size: int | None) -> I
         yield Broken("engine.fp8", f"is for engine=megatron, not {engine.name}", ("none",))
     elif engine.transformer_engine == "never":
         yield Broken("engine.fp8", "needs engine.transformer_engine=auto", ("none",))
+    elif not (found := find_extension("transformer-engine")).usable:
+        yield Broken("engine.fp8", f"needs Transformer Engine: {found.problem or found.install}", ("none",))
 
 
 ENGINE_RULES: tuple[Rule, ...] = (

@@ -66,7 +66,7 @@ class Extension:
 
 _TORCH_PART = "transformer_engine_torch"
 _ROWS = (
-    Known("deepspeed", "deepspeed", "DeepSpeed", ("runtime/engine.py",), extra="deepspeed"),
+    Known("deepspeed", "deepspeed", "DeepSpeed", ("runtime/engine.py",), extra="deepspeed", oldest=(0, 19)),
     Known("megatron-core", "megatron.core", "Megatron-Core", ("parallel_state.py",), extra="megatron", oldest=(0, 16)),
     Known(
         "transformer-engine",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import warnings
 from contextlib import nullcontext
+from types import ModuleType
+
+import torch
 
 from dist_llm.config.run import RunConfig
 from dist_llm.engine.base import Engine
@@ -22,19 +25,23 @@ def build_engine(config: RunConfig, mesh: Mesh) -> Engine:
 
         return DeepSpeedEngine(config, mesh)
     if config.engine.name == "megatron":
-        return _megatron(config, mesh)
+        engine: Engine = import_megatron(mesh.device).MegatronEngine(config, mesh)
+        return engine
     return NativeEngine(config, mesh)
 
 
-def _megatron(config: RunConfig, mesh: Mesh) -> Engine:
-    """Return the Megatron-Core engine. What the library warns of, for good, are packages and switches of its own."""
+def import_megatron(device: torch.device) -> ModuleType:
+    """Return the module of the Megatron-Core engine, without compiled fusions on a CPU. Raises EngineUnavailable.
+
+    What the library warns of, for good, are packages and switches of its own.
+    """
     adopt_logger("megatron")
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     try:
-        with keep_variables(), without_compiler() if mesh.device.type == "cpu" else nullcontext():
-            from dist_llm.engine.megatron import MegatronEngine
+        with keep_variables(), without_compiler() if device.type == "cpu" else nullcontext():
+            from dist_llm.engine import megatron
     except ImportError as error:
         missing = getattr(error, "name", None) or "megatron.core"
         raise EngineUnavailable(f"engine=megatron needs {missing}; pip install 'dist-llm[megatron]'") from error
-    return MegatronEngine(config, mesh)
+    return megatron

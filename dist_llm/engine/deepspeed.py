@@ -93,6 +93,7 @@ class DeepSpeedEngine:
         Issues what the layout needs (tp, cp), DeepSpeed's collectives over zero and tp, one all-reduce of two numbers
         over the world, and with experts one more. A step whose loss or gradient is not finite changes nothing.
         """
+        self._state.forget_copies()
         self._routing.begin(self.loss_unit)
         totals = self._forward_backward(local_batch(batch, self._context, self._mesh.device))
         self._routing.gather()

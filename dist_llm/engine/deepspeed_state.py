@@ -136,7 +136,8 @@ class FlatState:
     def shards(self) -> Iterator[TensorShard]:
         """Yield the rectangles of masters and moments that this rank updates, each a view of them.
 
-        What lies in files is copied first; the copies stay until `restore` takes over what was loaded into them.
+        What lies in files is copied first; the copies stay until `restore` takes over what was loaded into them, or
+        `forget_copies` drops them.
         """
         flats = {group: self._flats(group) for group in range(len(self._masters)) if not self._in_files(group)}
         for group in range(len(self._masters)):
@@ -147,6 +148,10 @@ class FlatState:
         for piece in self._pieces:
             for kind, flat in flats[piece.group].items():
                 yield from band_shards(kind, piece.of(flat), piece.start, piece.bands, piece.primary)
+
+    def forget_copies(self) -> None:
+        """Free the copies of what lies in files."""
+        self._copies = {}
 
     @torch.no_grad()
     def restore(self, updates: int) -> None:

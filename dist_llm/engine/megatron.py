@@ -19,6 +19,7 @@ from jaxtyping import Float, Int64
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor, nn
 
 from dist_llm.accounting.stages import plan_stages
@@ -39,6 +40,7 @@ from dist_llm.engine.megatron_optimizer import (
 from dist_llm.engine.model import splittable
 from dist_llm.engine.recipe import facts_of, local_batch, restore_facts
 from dist_llm.engine.rectangles import Band, band_shards
+from dist_llm.errors import EngineUnavailable
 from dist_llm.ops.context_share import ContextShare
 from dist_llm.optim.schedule import learning_rate
 from dist_llm.parallel.cross_entropy import cross_entropy_sum
@@ -62,11 +64,15 @@ class MegatronEngine:
         self.data_slice = DataSlice(mesh.dp.index, mesh.dp.size)
         self._microbatch_tokens = config.data.microbatch * config.data.seq_len
         self._num_microbatches = config.data.global_batch // (mesh.dp.size * config.data.microbatch)
+        self._scale = LossScale.build(config.precision)
         self._step, self._num_updates = 0, 0
         _initialize_parallel_state(config)
         on_cpu = mesh.device.type == "cpu"
         if on_cpu:
             prepare_modules()
+        else:
+            # Layers ask for its generators even where nothing is dropped.
+            model_parallel_cuda_manual_seed(config.run.seed)
         # It tells Transformer Engine by variables which kernels to take.
         with self._on_device(), keep_variables() if on_cpu else contextlib.nullcontext():
             self._build()
@@ -81,6 +87,11 @@ class MegatronEngine:
         config, mesh = self._config, self._mesh
         stages = plan_stages(config.model, config.parallel.num_stages)
         fused = find_fused(config, mesh.device.type == "cuda")
+        if config.engine.fp8 != "none" and not fused.layers:
+            raise EngineUnavailable(
+                f"engine.fp8={config.engine.fp8} needs Transformer Engine's layers: a CUDA device, the package, and no "
+                "LayerNorm without biases; use engine.fp8=none"
+            )
         self._attend = chosen_attention(config, mesh, fused)
         self._settings, models = build_chunks(config, stages, mesh, fused, self._attend)
         expert = parallel_state.get_expert_model_parallel_rank() * (
@@ -140,6 +151,10 @@ class MegatronEngine:
         }
         return {layer: block.mlp.router for layer, block in blocks.items() if self._config.model.has_experts(layer)}
 
+    def _moving_biases(self) -> list[Tensor]:
+        """Return the routers' biases that Megatron-Core moves as it finishes the gradients."""
+        return [router.expert_bias for router in self._routers().values() if router.expert_bias is not None]
+
     def _biases(self) -> Iterator[TensorShard]:
         """Yield the routers' biases, which are no parameters and yet part of the model; zeros where none moves."""
         primary = self._mesh.zero.index == 0 and self._mesh.tp.index == 0
@@ -164,12 +179,18 @@ class MegatronEngine:
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
+        biases = [(bias, bias.clone()) for bias in self._moving_biases()]
         loss, tokens = self._totals(self._forward_backward(batch, forward_only=False), batch)
         lr = learning_rate(self._step, self._config.optimizer.lr, self._config.schedule, self._config.run.steps)
         norm = math.inf if self._optimizer.prepare_grads() else float(self._optimizer.get_grad_norm())
         finite = math.isfinite(norm) and math.isfinite(loss)
         if finite:
             self._update(lr, norm)
+        else:
+            for bias, before in biases:
+                bias.copy_(before)
+        self._scale.update(finite, dynamic=self._config.precision.compute == "fp16")
+        self._set_scalers()
         self._step += 1
         return StepResult(loss / max(1, tokens), norm, lr, tokens, skipped=not finite)
 
@@ -231,10 +252,7 @@ class MegatronEngine:
 
     def _scaled(self, loss: Tensor) -> Tensor:
         """Return a loss in the unit of a backward, the native engine's: the loss scale over a microbatch's tokens."""
-        unit = loss / self._microbatch_tokens
-        for scaler in self._scalers()[:1]:
-            unit = unit * scaler.scale
-        return unit
+        return loss * (self._scale.value / self._microbatch_tokens)
 
     def _finish_gradients(self, chunks: list[nn.Module], num_tokens: Tensor | None = None, **more: Any) -> None:
         """Let Megatron-Core finish the gradients and divide them by the counted tokens of the global batch."""
@@ -255,30 +273,26 @@ class MegatronEngine:
         """Return model and optimizer rectangles by logical name, and the facts that are not tensors."""
         kinds = ("model", "optimizer.exp_avg", "optimizer.exp_avg_sq")
         tensors = (*(shard for kind in kinds for shard in self._shards(kind)), *self._biases())
-        return TrainState(
-            tensors, facts_of(self._step, self._num_updates, self._config.precision.compute, self._loss_scale())
-        )
+        facts = facts_of(self._step, self._num_updates, self._config.precision.compute, self._scale)
+        return TrainState(tensors, facts)
 
     def restore(self, facts: dict[str, object]) -> None:
         """Take over masters that were loaded in place, step and update count, and a loss scale where both use one."""
         self._take_masters()
-        scale = self._loss_scale()
-        self._step, self._num_updates = restore_facts(facts, self._config.precision.compute, scale)
+        self._step, self._num_updates = restore_facts(facts, self._config.precision.compute, self._scale)
         set_steps(self._parts, self._num_updates)
-        for scaler in self._scalers():
-            scaler._scale.fill_(scale.value)
-            scaler._growth_tracker = scale.good_steps
+        self._set_scalers()
 
-    def _scalers(self) -> list[Any]:
-        """Return the loss scalers of the optimizers, which stay alike; none but under fp16."""
-        return [part.grad_scaler for part in self._parts if getattr(part, "grad_scaler", None) is not None]
+    def _set_scalers(self) -> None:
+        """Give our loss scale to Megatron-Core's scalers, of which dense weights and experts have one each under fp16.
 
-    def _loss_scale(self) -> LossScale:
-        """Return the loss scale as it is now."""
-        scale = LossScale.build(self._config.precision)
-        for scaler in self._scalers()[:1]:
-            scale.value, scale.good_steps = float(scaler.scale), scaler._growth_tracker
-        return scale
+        Left alone each would go by the gradients of its own weights.
+        """
+        for part in self._parts:
+            scaler = getattr(part, "grad_scaler", None)
+            if scaler is not None:
+                scaler._scale.fill_(self._scale.value)
+                scaler._growth_tracker = self._scale.good_steps
 
     def close(self) -> None:
         """Drop the model and Megatron-Core's groups and buffers."""

@@ -36,4 +36,5 @@ def find_fused(config: RunConfig, cuda: bool) -> Fused:
     layers = wanted and find_extension("transformer-engine").usable
     apex = find_extension("apex").usable
     norms = apex and not layers and model.norm == "layernorm" and whole and HAVE_FUSED_LAYER_NORM
-    return Fused(layers, norms, layers or (apex and importlib.util.find_spec(_ACCUMULATION) is not None))
+    # The head is Megatron-Core's own linear also under Transformer Engine, and knows apex's way alone.
+    return Fused(layers, norms, apex and importlib.util.find_spec(_ACCUMULATION) is not None)

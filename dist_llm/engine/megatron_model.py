@@ -111,9 +111,10 @@ def _layout_settings(config: RunConfig, stages: list[StagePlan], cuda: bool, fus
         "use_cpu_initialization": not cuda,
         "deallocate_pipeline_outputs": True,
         "batch_p2p_comm": False,
-        "bias_activation_fusion": cuda,
+        # Its fused GELU is the approximation by tanh, and takes no other activation with biases.
+        "bias_activation_fusion": cuda and config.model.activation == "swiglu",
         "bias_dropout_fusion": cuda,
-        "masked_softmax_fusion": cuda,
+        "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": fused.accumulation,
         "apply_rope_fusion": False,
         "persist_layer_norm": False,
@@ -176,7 +177,8 @@ def _layers(model: ModelConfig, stage: StagePlan, fused: Fused, attend: Attend |
 
 def chosen_attention(config: RunConfig, mesh: Mesh, fused: Fused) -> Attend | None:
     """Return our attention where Megatron-Core's cannot do what the config asks for, else None."""
-    ours = config.data.document_mask or (mesh.cp.size > 1 and not fused.layers)
+    theirs = fused.layers and config.parallel.context_method == "ring"
+    ours = config.data.document_mask or (mesh.cp.size > 1 and not theirs)
     return build_attention(mesh.context) if ours else None
 
 

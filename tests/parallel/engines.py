@@ -40,10 +40,12 @@ def needs(engine: str) -> pytest.MarkDecorator:
 def engine_config(
     name: str, parallel: dict[str, object], model: dict[str, object] | None = None, **sections: Any
 ) -> RunConfig:
-    """Return a tiny run of 20 steps on an engine: a layer or two of each stage, two sequences a microbatch."""
-    depth: dict[str, object] = {"num_layers": 4 if "virtual_pipeline" in parallel else 2}
+    """Return a tiny run of 20 steps on an engine: two microbatches a data rank or more, two layers a stage."""
+    deep = "pipeline" in parallel or "expert" in parallel
+    shape: dict[str, object] = {"num_layers": 4 if deep else 2}
+    batch: dict[str, object] = {"global_batch": 16 if deep else 8, "microbatch": 2}
     own = {"run": {"steps": 20, "seed": 1}, "engine": {"name": name}, "optimizer": {"lr": RATES[name]}}
-    return tiny_config(parallel, {**(model or {}), **depth}, {"microbatch": 2}, **{**own, **sections})
+    return tiny_config(parallel, {**(model or {}), **shape}, batch, **{**own, **sections})
 
 
 @contextlib.contextmanager

@@ -171,10 +171,12 @@ def test_low_precision_trains_alike(pool: WorkerPool, engine: str, zero: int, pr
         _on_engine("megatron", 1, "bf16", "none"),
     ],
 )
+@pytest.mark.parametrize("model", [{}, SIGMOID_MOE], ids=["dense", "experts"])
 def test_a_loss_that_is_not_finite_changes_nothing(
-    pool: WorkerPool, engine: str, zero: int, precision: str, offload: str
+    pool: WorkerPool, engine: str, zero: int, precision: str, offload: str, model: dict[str, object]
 ) -> None:
-    config = engine_config(engine, {"zero": zero, "offload": offload}, precision={"name": precision})
+    """Biases of routers are part of the model."""
+    config = engine_config(engine, {"zero": zero, "offload": offload}, model, precision={"name": precision})
     for found in pool.run(without_host_adam, skipped_step, config, True, world=2):
         assert (found["skipped"], found["unchanged"]) == (True, True)
         assert (found["step"], found["optimizer_updates"], found["loss_scale"]) == (2, 3, 1.0)

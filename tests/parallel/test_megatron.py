@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from dist_llm.config.run import RunConfig
+from dist_llm.engine.build import import_megatron
 from dist_llm.runtime.pool import WorkerPool
 from dist_llm.train.engines import on_engine
-from tests.parallel.engines import curve_of, curves, engine_config, gaps, needs, same
-from tests.parallel.tiny import GPT2, Curve
+from tests.parallel.engines import curve_of, curves, engine_config, gaps, needs, running, same
+from tests.parallel.tiny import GPT2, SIGMOID_MOE, Curve, random_batch
 
 pytestmark = needs("megatron")
 SPLIT: dict[str, object] = {"tensor": 2, "sequence": True}
@@ -27,8 +28,7 @@ def test_documents_keep_to_themselves(pool: WorkerPool) -> None:
 
 def broken_curve(config: RunConfig, fault: str, steps: int) -> Curve:
     """Train with a fault in the engine."""
-    from dist_llm.engine import megatron
-
+    megatron = import_megatron(torch.device("cpu"))
     finish = megatron.finalize_model_grads
 
     def halved(chunks: Any, tokens: torch.Tensor, **more: Any) -> None:
@@ -53,8 +53,39 @@ def test_a_fault_is_found(pool: WorkerPool, fault: str) -> None:
     assert not same(pool.run(broken_curve, config, fault, 3, world=4)[0], native)
 
 
+def scales(config: RunConfig) -> list[tuple[float, ...]]:
+    """Overflow one rank's dense gradient in the second of three steps; return all loss scales after each."""
+    megatron = import_megatron(torch.device("cpu"))
+    finish = megatron.finalize_model_grads
+
+    def overflow(chunks: Any, *args: Any, **more: Any) -> None:
+        finish(chunks, *args, **more)
+        dense = next(weight for name, weight in chunks[0].named_parameters() if "linear_qkv" in name)
+        dense.main_grad.fill_(torch.inf)
+
+    found = []
+    with running(config) as engine:
+        for step in range(3):
+            with pytest.MonkeyPatch.context() as patch:
+                if step == 1:
+                    patch.setattr(megatron, "finalize_model_grads", overflow)
+                skipped = engine.train_step(random_batch(config, engine.data_slice, step)).skipped
+            assert skipped == (step == 1)
+            scalers = [part.grad_scaler for part in engine._parts if part.optimizer is not None]  # type: ignore[attr-defined]
+            found.append((float(engine.state().facts["loss_scale"]), *(float(each.scale) for each in scalers)))  # type: ignore[arg-type]
+    return found
+
+
+def test_dense_weights_and_experts_have_one_loss_scale(pool: WorkerPool) -> None:
+    precision = {"name": "fp16", "initial_loss_scale": 2.0**10}
+    config = engine_config("megatron", {"data": 2, "expert": 2, "zero": 1}, SIGMOID_MOE, precision=precision)
+    for found in pool.run(scales, config, world=2):
+        assert found == [(2.0**10,) * 3, (2.0**9,) * 3, (2.0**9,) * 3]
+
+
 def fused_parts(config: RunConfig, cuda: bool, present: tuple[str, ...]) -> tuple[bool, bool, bool]:
     """Return which fused parts are chosen where these packages are the real ones: layers, norms, accumulation."""
+    import_megatron(torch.device("cpu"))
     from dist_llm.engine import megatron_fused
 
     spec = megatron_fused.importlib.util.find_spec
@@ -84,6 +115,7 @@ NO_BIAS = {**GPT2, "bias": False, "dropout": 0.0}
         (("apex",), GPT2, {}, (False, True, True)),
         (("apex",), {}, {}, (False, False, True)),
         (("apex",), NO_BIAS, {}, (False, False, True)),
+        (("transformer-engine",), GPT2, {}, (True, False, False)),
         (BOTH_FUSED, GPT2, {}, (True, False, True)),
         (BOTH_FUSED, NO_BIAS, {}, (False, False, True)),
         (BOTH_FUSED, {}, {"transformer_engine": "never"}, (False, False, True)),

@@ -201,7 +201,8 @@ BROKEN_ENGINES: list[tuple[str, dict[str, object], int | None, str]] = [
         "deepspeed_offloads_whole_shards",
         {**_DEEPSPEED, "parallel__offload": "parameters", "parallel__zero": 2},
         None,
-        "parallel.offload=parameters needs parallel.zero=3 under engine=deepspeed; use optimizer or none",
+        "parallel.offload=parameters needs parallel.zero=3 under engine=deepspeed, not under native; "
+        "use optimizer or none",
     ),
     (
         "nvme_needs_zero_3",
@@ -219,19 +220,20 @@ BROKEN_ENGINES: list[tuple[str, dict[str, object], int | None, str]] = [
         "megatron_splits_experts",
         {**_MEGATRON, "model__moe__num_experts": 4, "parallel__tensor": 2},
         None,
-        "parallel.sequence=false must be true with experts under engine=megatron and parallel.tensor above 1; use true",
+        "parallel.sequence=false must be true with experts under engine=megatron and parallel.tensor above 1, "
+        "not under native; use true",
     ),
     (
         "megatron_splits_experts",
         {**_MEGATRON, "model__moe__num_experts": 4, "model__bias": True},
         None,
-        "model.bias=true must be false with experts under engine=megatron; use false",
+        "model.bias=true must be false with experts under engine=megatron, not under native; use false",
     ),
     (
         "megatron_weighs_experts",
         {**_MEGATRON, "model__moe__num_experts": 4, "model__moe__top_k": 1},
         None,
-        "model.moe.normalize=true must be false with top_k=1 under engine=megatron; use false",
+        "model.moe.normalize=true must be false with top_k=1 under engine=megatron, not under native; use false",
     ),
     (
         "megatron_weighs_experts",
@@ -242,19 +244,20 @@ BROKEN_ENGINES: list[tuple[str, dict[str, object], int | None, str]] = [
             "model__moe__normalize": False,
         },
         None,
-        "model.moe.normalize=false must be true of sigmoid scores under engine=megatron; use true",
+        "model.moe.normalize=false must be true of sigmoid scores under engine=megatron, not under native; use true",
     ),
     (
         "megatron_weighs_experts",
         {**_MEGATRON, "model__moe__num_experts": 4, "model__moe__bias_rate": 0.1},
         None,
-        "model.moe.bias_rate=0.1 must be 0 with softmax scores under engine=megatron; use 0.0",
+        "model.moe.bias_rate=0.1 must be 0 with softmax scores under engine=megatron, not under native; use 0.0",
     ),
     (
         "megatron_recomputes_with_documents",
         {**_MEGATRON, "data__document_mask": True, "parallel__context": 2, "parallel__recompute": "full"},
         2,
-        "data.document_mask=true must be false over context ranks under engine=megatron and parallel.recompute=full; "
+        "data.document_mask=true must be false over context ranks under engine=megatron and parallel.recompute=full, "
+        "not under native; "
         "use false",
     ),
     (
