@@ -77,10 +77,8 @@ class _ReduceScatter:
     def __call__(
         output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> None:
-        """Sum the input over the group and keep a part."""
-        if op != dist.ReduceOp.SUM or async_op:
-            raise ValueError("gradients are summed, and waited for")
-        reduce_scatter(output_tensor, input_tensor, group)
+        """Sum the input over the group and keep a part; FSDP2 waits for it, by streams or here."""
+        reduce_scatter(output_tensor, input_tensor, group, op)
 
 
 def _set_prefetch(

@@ -23,15 +23,15 @@ _library: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyp
 _library.define("reduce_scatter(Tensor(a!) out, Tensor x, str group) -> ()")
 
 
-def reduce_scatter(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> None:
+def reduce_scatter(out: Tensor, x: Tensor, group: dist.ProcessGroup, op: Any = dist.ReduceOp.SUM) -> None:
     """Put the sum over the group of this rank's part of x, cut along dim 0, into out. Issues one reduce-scatter.
 
-    Both are contiguous; on a CPU parts are added in the order of ranks.
+    Both are contiguous; on a CPU parts are added in the order of ranks. What is no sum is left to the backend.
     """
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if x.device.type == "cpu" and op == dist.ReduceOp.SUM and not torch.compiler.is_compiling():
         torch.ops.dist_llm_c10d.reduce_scatter(out, x, group.group_name)
     else:
-        _backend_reduce_scatter(out, x, group=group)
+        _backend_reduce_scatter(out, x, op=op, group=group)
 
 
 def _exchange(out: Tensor, x: Tensor, group: Any) -> None:
