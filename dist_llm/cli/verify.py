@@ -37,7 +37,7 @@ def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", choices=("quick", "all"), default="quick", help="the 16 layouts that tell most (default), or all"
     )
-    parser.add_argument("--layouts", default="all", metavar="TEXT", help="only layouts, of all, named with TEXT")
+    parser.add_argument("--layouts", default="all", metavar="TEXT", help="only layouts, of all, with TEXT in the name")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="steps to train (default 20)")
     add_json(parser)
 
@@ -79,10 +79,11 @@ def resume(arguments: argparse.Namespace) -> Answer:
 _ENGINES = """\
 Every engine that is installed and can train the model runs the same steps from the same weights and data, in fp32 on
 CPU ranks of its own: in small layouts (data, tensor, sequence, pipeline, interleaved, context and expert parallel, ZeRO
-1, 2 and 3) and in the config's, as far as its rules allow. Each is compared with the native engine in the same layout,
-which `verify layout` compares with one process: loss to 2e-5, gradient norm to 1e-4 and weights to 1e-4, relative. Then
-each one's checkpoint of half way is resumed on each other one, in the first layout that both can run, and what follows
-is held to the same bounds. The optimizer's recipe is the config's: where warm-up is short, Adam's first steps turn
+1, 2 and 3) and in the config's, as far as its rules allow. Each is compared with the native engine in the same layout
+(as-given in its name: the model of the config), which `verify layout` compares with one process: loss to 2e-5,
+gradient norm to 1e-4 and weights to 1e-4, relative. Then each one's checkpoint of half way is resumed on each other
+one, in the first layout that both can run, and what follows is held to the same bounds; --no-switch saves that time.
+The optimizer's recipe is the config's: where warm-up is short, Adam's first steps turn
 rounding into more than that."""
 
 
@@ -96,7 +97,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help="a comma list of engines to compare with native, such as native,deepspeed (default: all)",
     )
-    parser.add_argument("--layouts", default="all", metavar="TEXT", help="only layouts named with TEXT")
+    parser.add_argument(
+        "--layouts", default="all", metavar="TEXT", help="only layouts with TEXT in the name: 'ranks=2 data=2 zero=1'"
+    )
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="steps to train (default 20)")
     parser.add_argument("--no-switch", action="store_true", help="do not resume one engine's checkpoint on another")
     add_json(parser)

@@ -117,6 +117,7 @@ class Checkpoints:
         # Newer ones were passed over; what could not be read then stays out, even if it can be read later.
         names = lead(connect(self.group), lambda: [newer.name for _, newer in list_steps(self.root)])
         self._is_sound = {self.root / name: False for name in names if name > path.name} | {path: True}
+        self._say_engine(_mapping(saved.get("layout")))
         changed = self._say_changes(_mapping(saved.get("recipe")))
         same_layout = saved.get("layout") == self.layout
         state = self._state(0, with_rng=same_layout)
@@ -147,6 +148,12 @@ class Checkpoints:
             f"the run in {self.root.parent} (another run.name starts another)",
         )
         return facts
+
+    def _say_engine(self, before: dict[str, object]) -> None:
+        """Say that another engine goes on, if one does."""
+        one, other = before.get("engine"), self.layout.get("engine")
+        if one is not None and one != other:
+            self.warn(f"resuming on another engine: {one} -> {other}; the same weights, optimizer state and data")
 
     def _say_changes(self, before: dict[str, object]) -> bool:
         """Warn of what is set otherwise than before, if anything is."""

@@ -38,10 +38,17 @@ def needs(engine: str) -> pytest.MarkDecorator:
 
 
 def engine_config(
-    name: str, parallel: dict[str, object], model: dict[str, object] | None = None, **sections: Any
+    name: str,
+    parallel: dict[str, object],
+    model: dict[str, object] | None = None,
+    deep: bool | None = None,
+    **sections: Any,
 ) -> RunConfig:
-    """Return a tiny run of 20 steps on an engine: two microbatches a data rank or more, two layers a stage."""
-    deep = "pipeline" in parallel or "expert" in parallel
+    """Return a tiny run of 20 steps on an engine; deep: of four layers and 16 sequences, by default where it is split.
+
+    So it has two microbatches a data rank or more, and two layers a stage.
+    """
+    deep = "pipeline" in parallel or "expert" in parallel if deep is None else deep
     shape: dict[str, object] = {"num_layers": 4 if deep else 2}
     batch: dict[str, object] = {"global_batch": 16 if deep else 8, "microbatch": 2}
     own = {"run": {"steps": 20, "seed": 1}, "engine": {"name": name}, "optimizer": {"lr": RATES[name]}}
@@ -104,7 +111,8 @@ def initial_state(config: RunConfig) -> list[Rectangle]:
 
 def journey(legs: list[tuple[RunConfig, int]], root: Path) -> Curve:
     """Train each config up to its step, from the checkpoint of the one before; return the curve of all of it."""
-    done, whole = 0, []
+    done, before, whole = 0, "", []
+    said: list[str] = []
     group = build_control_group(120.0)
     for config, stop in legs:
         with running(config) as engine:
@@ -117,14 +125,17 @@ def journey(legs: list[tuple[RunConfig, int]], root: Path) -> Curve:
                 layout=layout_of(config, dist.get_world_size(), "cpu"),
                 recipe=recipe_of(config),
                 report=lambda step: None,
-                warn=lambda message: None,
+                warn=said.append,
             )
             if done:
                 assert checkpoints.restore(must=True)[0] == done
+                assert any(" another engine: " in text for text in said) == (config.engine.name != before)
+            before = config.engine.name
             for step in range(done, stop):
                 result = engine.train_step(random_batch(config, engine.data_slice, step))
                 whole.append((result.loss, result.grad_norm))
             checkpoints.save(stop, tokens=0)
+            said.clear()
             done = stop
     return whole
 

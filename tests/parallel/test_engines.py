@@ -127,7 +127,8 @@ def test_a_run_changes_engines(pool: WorkerPool, tmp_path: Path, legs: list[Leg]
     """All six ordered pairs, and an engine that changes its own layout on the way: as 20 steps on the first."""
     careful = min((engine for engine, _, _ in legs if engine != "native"), key=RATES.__getitem__)
     model, optimizer = PLAIN_GPT2 if careful == "megatron" else GPT2, {"lr": RATES[careful]}
-    steps = [(engine_config(engine, parallel, model, optimizer=optimizer), stop) for engine, parallel, stop in legs]
+    own: dict[str, Any] = {"deep": False, "optimizer": optimizer}
+    steps = [(engine_config(engine, parallel, model, **own), stop) for engine, parallel, stop in legs]
     whole = pool.run(curve_of, steps[0][0], 20, world=2)[0]
     changed = pool.run(journey, steps, tmp_path, world=2)[0]
     assert same(changed, whole), gaps(changed, whole)
