@@ -16,6 +16,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.package_info import MAJOR, MINOR
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import nn
@@ -33,6 +34,9 @@ from dist_llm.models.rope import scaled_frequencies
 from dist_llm.ops.causal_attention import Attend
 from dist_llm.parallel.context import build_attention
 from dist_llm.runtime.mesh import Mesh
+
+_DIVIDES = (MAJOR, MINOR) < (0, 19)
+"""Whether Megatron-Core divides the losses of experts by tp x cp ranks and by sequences; from 0.19 on it does not."""
 
 _ACTIVATIONS: dict[str, Any] = {
     "gelu": functional.gelu,
@@ -66,7 +70,7 @@ def _model_settings(model: ModelConfig) -> dict[str, Any]:
 def _expert_settings(model: ModelConfig, copies: int, microbatch: int) -> dict[str, Any]:
     """Return what Megatron-Core is told of experts.
 
-    copies: tp x cp ranks, by which it divides their losses; microbatch: sequences, by which it divides the balance's.
+    copies: tp x cp ranks, if it divides their losses by them; microbatch: sequences, if it divides the balance's.
     """
     moe = model.moe
     if not model.num_expert_layers:
@@ -190,7 +194,7 @@ def build_chunks(
     cuda = mesh.device.type == "cuda"
     settings = TransformerConfig(
         **_model_settings(model),
-        **_expert_settings(model, mesh.tp.size * mesh.cp.size, config.data.microbatch),
+        **_expert_settings(model, *((mesh.tp.size * mesh.cp.size, config.data.microbatch) if _DIVIDES else (1, 1))),
         **_layout_settings(config, stages, cuda, fused),
     )
     mine = [stage for stage in stages if stage.index % mesh.pp.size == mesh.pp.index]

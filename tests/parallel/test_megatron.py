@@ -34,8 +34,16 @@ def broken_curve(config: RunConfig, fault: str, steps: int) -> Curve:
     def halved(chunks: Any, tokens: torch.Tensor, **more: Any) -> None:
         finish(chunks, 2 * tokens, **more)
 
+    wrap = megatron.wrap_chunks
+
+    def unmarked(config: RunConfig, settings: Any, models: list[torch.nn.Module], device: torch.device) -> Any:
+        for model in models:
+            for parameter in model.parameters():
+                parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
+        return wrap(config, settings, models, device)
+
     faults: dict[str, tuple[Any, str, Any]] = {
-        "norms count one rank's part": (megatron, "is_split", lambda name: False),
+        "norms count one rank's part": (megatron, "wrap_chunks", unmarked),
         "gradients are halved": (megatron, "finalize_model_grads", halved),
         "gradients are of a microbatch": (megatron.MegatronEngine, "_scaled", lambda self, loss: loss),
     }
