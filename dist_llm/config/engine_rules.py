@@ -17,9 +17,8 @@ from dist_llm.config.wording import shown
 ENGINES = ("native", "deepspeed", "megatron")
 PACKAGES = {"deepspeed": "deepspeed", "megatron": "megatron-core"}
 """The package in `config/extensions.py` that an engine is made of; ours needs none."""
-
-
-_FREE = ", not under native"
+_NATIVE_CAN = ", not under native"
+"""Ends the words of a rule that one other engine alone has."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,9 @@ def deepspeed_offloads_whole_shards(config: RunConfig, world_size: int | None) -
     """Under `engine=deepspeed`, `parallel.offload: parameters` needs `parallel.zero: 3`, which shards parameters."""
     parallel = config.parallel
     if config.engine.name == "deepspeed" and parallel.offload == "parameters" and parallel.zero != 3:
-        yield Broken("parallel.offload", f"needs parallel.zero=3 under engine=deepspeed{_FREE}", ("optimizer", "none"))
+        yield Broken(
+            "parallel.offload", f"needs parallel.zero=3 under engine=deepspeed{_NATIVE_CAN}", ("optimizer", "none")
+        )
 
 
 @reads("engine.name", "parallel.tensor", "parallel.sequence", "model.bias", *_EXPERTS)
@@ -159,10 +160,10 @@ def megatron_splits_experts(config: RunConfig, world_size: int | None) -> Iterat
     if config.engine.name != "megatron" or _no_experts(config):
         return
     if config.parallel.tensor > 1 and not config.parallel.sequence:
-        words = f"must be true with experts under engine=megatron and parallel.tensor above 1{_FREE}"
+        words = f"must be true with experts under engine=megatron and parallel.tensor above 1{_NATIVE_CAN}"
         yield Broken("parallel.sequence", words, (True,))
     if config.model.bias:
-        yield Broken("model.bias", f"must be false with experts under engine=megatron{_FREE}", (False,))
+        yield Broken("model.bias", f"must be false with experts under engine=megatron{_NATIVE_CAN}", (False,))
 
 
 @reads("engine.name", *(f"model.moe.{name}" for name in ("score", "top_k", "normalize", "bias_rate")), *_EXPERTS)
@@ -175,11 +176,13 @@ def megatron_weighs_experts(config: RunConfig, world_size: int | None) -> Iterat
     if config.engine.name != "megatron" or _no_experts(config):
         return
     if moe.top_k == 1 and moe.normalize:
-        yield Broken("model.moe.normalize", f"must be false with top_k=1 under engine=megatron{_FREE}", (False,))
+        yield Broken("model.moe.normalize", f"must be false with top_k=1 under engine=megatron{_NATIVE_CAN}", (False,))
     if moe.top_k > 1 and moe.score == "sigmoid" and not moe.normalize:
-        yield Broken("model.moe.normalize", f"must be true of sigmoid scores under engine=megatron{_FREE}", (True,))
+        yield Broken(
+            "model.moe.normalize", f"must be true of sigmoid scores under engine=megatron{_NATIVE_CAN}", (True,)
+        )
     if moe.score == "softmax" and moe.bias_rate:
-        yield Broken("model.moe.bias_rate", f"must be 0 with softmax scores under engine=megatron{_FREE}", (0.0,))
+        yield Broken("model.moe.bias_rate", f"must be 0 with softmax scores under engine=megatron{_NATIVE_CAN}", (0.0,))
 
 
 @reads("engine.name", "parallel.context", "parallel.recompute", "data.document_mask")
@@ -190,7 +193,7 @@ def megatron_recomputes_with_documents(config: RunConfig, world_size: int | None
     """
     parallel, ours = config.parallel, config.engine.name == "megatron" and config.data.document_mask
     if ours and parallel.context > 1 and parallel.recompute == "full":
-        words = f"must be false over context ranks under engine=megatron and parallel.recompute=full{_FREE}"
+        words = f"must be false over context ranks under engine=megatron and parallel.recompute=full{_NATIVE_CAN}"
         yield Broken("data.document_mask", words, (False,))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import os
 from collections.abc import Iterator
@@ -29,12 +28,6 @@ from tests.tolerances import ENGINE_LOSS, ENGINE_NORM
 
 RATES = {"native": 1e-3, "deepspeed": 1e-2, "megatron": 1e-3}
 """Learning rates; at 1e-2 Adam's first steps turn rounding into gaps near the bounds (megatron's norm: 6e-5)."""
-
-
-def needs(engine: str) -> pytest.MarkDecorator:
-    """Return the mark of a test that is skipped where the library of an engine is not installed."""
-    missing = importlib.util.find_spec(engine) is None
-    return pytest.mark.skipif(missing, reason=f"the extra `{engine}` is not installed")
 
 
 def engine_config(

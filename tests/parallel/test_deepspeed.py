@@ -13,10 +13,9 @@ from dist_llm.config.run import RunConfig
 from dist_llm.errors import EngineUnavailable, ExitCode
 from dist_llm.runtime.pool import WorkerPool
 from dist_llm.train.engines import on_engine
-from tests.parallel.engines import curve_of, curves, engine_config, gaps, journey, needs, same, without_host_adam
+from tests.parallel.engines import curve_of, curves, engine_config, gaps, journey, same, without_host_adam
 from tests.parallel.tiny import Curve, tiny_config
 
-needs_deepspeed = needs("deepspeed")
 SPLIT: dict[str, object] = {"tensor": 2, "sequence": True}
 
 
@@ -50,7 +49,6 @@ def broken_curve(config: RunConfig, fault: str, steps: int) -> Curve:
         return curve_of(config, steps)
 
 
-@needs_deepspeed
 @pytest.mark.parametrize(
     "fault", ["partial sums are forgotten", "replicas count twice", "the divisor is twice too large"]
 )
@@ -63,7 +61,6 @@ def test_a_fault_is_found(pool: WorkerPool, fault: str) -> None:
 OFFLOADS = [(1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "parameters")]
 
 
-@needs_deepspeed
 @pytest.mark.parametrize(("zero", "offload"), OFFLOADS)
 def test_offload_trains_alike(pool: WorkerPool, zero: int, offload: str) -> None:
     config = engine_config("deepspeed", {"zero": zero, "offload": offload})
@@ -71,7 +68,6 @@ def test_offload_trains_alike(pool: WorkerPool, zero: int, offload: str) -> None
     assert same(ours, native), gaps(ours, native)
 
 
-@needs_deepspeed
 @pytest.mark.slow
 def test_the_host_adam_of_deepspeed_trains_alike_and_resumes(pool: WorkerPool, tmp_path: Path) -> None:
     config = engine_config("deepspeed", {"zero": 3, "offload": "parameters"})
@@ -80,7 +76,6 @@ def test_the_host_adam_of_deepspeed_trains_alike_and_resumes(pool: WorkerPool, t
     assert pool.run(journey, [(config, 5), (config, 8)], tmp_path, world=2)[0] == ours
 
 
-@needs_deepspeed
 @pytest.mark.slow
 @pytest.mark.parametrize("offload", ["optimizer", "parameters"])
 def test_files_train_alike_and_resume(pool: WorkerPool, tmp_path: Path, offload: str) -> None:

@@ -21,7 +21,6 @@ from tests.parallel.engines import (
     gaps,
     initial_state,
     journey,
-    needs,
     same,
     skipped_step,
     without_host_adam,
@@ -63,8 +62,8 @@ MORE_MEGATRON: list[Layout] = [
 
 
 def _on_engine(name: str, *values: object, slow: bool = False) -> Any:
-    """Return a case of an engine, skipped where its extra is missing."""
-    marks = [needs(name), *([pytest.mark.slow] if slow else [])]
+    """Return a case of an engine under a name that tells it."""
+    marks = [pytest.mark.slow] if slow else []
     return pytest.param(name, *values, marks=marks, id="-".join(map(str, (name, *values))))
 
 
@@ -120,8 +119,6 @@ JOURNEYS: list[list[Leg]] = [
 ]
 
 
-@needs("deepspeed")
-@needs("megatron")
 @pytest.mark.parametrize("legs", JOURNEYS, ids=str)
 def test_a_run_changes_engines(pool: WorkerPool, tmp_path: Path, legs: list[Leg]) -> None:
     """All six ordered pairs, and an engine that changes its own layout on the way: as 20 steps on the first."""

@@ -1,4 +1,4 @@
-"""What only Megatron-Core has: a core attention of ours for documents, and faults that the comparison finds."""
+"""What only Megatron-Core has: our attention for documents, its fused parts and scalers, faults that are found."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from dist_llm.config.run import RunConfig
 from dist_llm.engine.build import import_megatron
 from dist_llm.runtime.pool import WorkerPool
 from dist_llm.train.engines import on_engine
-from tests.parallel.engines import curve_of, curves, engine_config, gaps, needs, running, same
+from tests.parallel.engines import curve_of, curves, engine_config, gaps, running, same
 from tests.parallel.tiny import GPT2, SIGMOID_MOE, Curve, random_batch
 
-pytestmark = needs("megatron")
 SPLIT: dict[str, object] = {"tensor": 2, "sequence": True}
 
 
