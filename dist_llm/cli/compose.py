@@ -85,6 +85,34 @@ def compose_partly(overrides: Sequence[str], config_file: Path | None = None) ->
     return composed
 
 
+def compose_request(overrides: Sequence[str]) -> Composed:
+    """Return the tree of a request for a plan: `cluster` and `model` choose presets, all else is a value.
+
+    A chosen model is `preset` in it, with the overrides of `model.*` on it; without one they are wishes.
+    """
+    composed = Composed({})
+    presets = list_presets()
+    choices: dict[str, str] = {}
+    values: list[tuple[str, str, str]] = []
+    for text in overrides:
+        split = _split(text, composed)
+        if split is None:
+            continue
+        if split[0] in ("cluster", "model"):
+            _choose(*split, presets[split[0]], choices, composed)
+        else:
+            values.append((*split, text))
+    sections = _compose_presets(choices)
+    composed.tree = {"cluster": sections["cluster"]}
+    if "model" in choices:
+        composed.tree["preset"] = sections["model"]
+    parser = OverridesParser.create()
+    for key, raw, text in values:
+        chosen = "model" in choices and key.startswith("model.")
+        _assign(f"preset.{key.removeprefix('model.')}" if chosen else key, raw, text, parser, composed)
+    return composed
+
+
 def preset_folder() -> Path:
     """Return `conf/`: inside the package when installed from a wheel, beside it in a checkout."""
     package = Path(dist_llm.__file__).resolve().parent

@@ -1,4 +1,4 @@
-"""A tree of plain values into a frozen `RunConfig`, with every slip in it as a violation and not the first alone.
+"""A tree of plain values into a frozen section, a `RunConfig` as a rule, with every slip as a violation, not the first.
 
 Invariant: nothing in the tree can name code: keys such as `_target_` and `${...}` interpolations are refused by name.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 from pydantic import ValidationError
 
@@ -20,15 +20,17 @@ from dist_llm.errors import ConfigError, Violation
 
 MAX_DEPTH = 16
 
+S = TypeVar("S", bound=Section)
+
 
 @dataclass(frozen=True)
-class Decoded:
+class Decoded(Generic[S]):
     """What could be read: the config, what was wrong, and the keys (or whole sections) without a usable value.
 
     With violations `config` is partial: a field named by `unusable` holds its default or, having none, is absent.
     """
 
-    config: RunConfig
+    config: S
     violations: tuple[Violation, ...]
     unusable: frozenset[str]
 
@@ -41,12 +43,17 @@ def decode(tree: Mapping[str, object]) -> RunConfig:
     return decoded.config
 
 
-def decode_partly(tree: Mapping[str, object]) -> Decoded:
+def decode_partly(tree: Mapping[str, object]) -> Decoded[RunConfig]:
     """Return as much of the config as can be read, and what was wrong with the rest."""
+    return decode_as(RunConfig, tree)
+
+
+def decode_as(kind: type[S], tree: Mapping[str, object]) -> Decoded[S]:
+    """Return as much of a section of that kind as can be read, and what was wrong with the rest."""
     cleaned: dict[str, Any] = copy.deepcopy(dict(tree))
     unsafe = list(_take_unsafe(cleaned, ()))
     try:
-        config = RunConfig.model_validate(cleaned)
+        config = kind.model_validate(cleaned)
     except ValidationError as error:
         details = error.errors(include_url=False)
     else:
@@ -57,12 +64,12 @@ def decode_partly(tree: Mapping[str, object]) -> Decoded:
         path = _setting_path(detail)
         key = ".".join(path)
         if detail["type"] == "extra_forbidden":
-            violations.extend(_unknown(key, detail["input"]))
+            violations.extend(_unknown(kind, key, detail["input"]))
         elif key not in unusable:
-            violations.append(describe_error(key, detail, field_at(key)))
+            violations.append(describe_error(key, detail, field_at(key, kind)))
             unusable.add(key)
         _remove(cleaned, path)
-    return Decoded(cast(RunConfig, _construct(RunConfig, cleaned)), tuple(violations), frozenset(unusable))
+    return Decoded(cast(S, _construct(kind, cleaned)), tuple(violations), frozenset(unusable))
 
 
 def _setting_path(detail: Mapping[str, Any]) -> tuple[str, ...]:
@@ -75,14 +82,17 @@ def _setting_path(detail: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(path)
 
 
-def _unknown(key: str, value: object) -> Iterator[Violation]:
+def _unknown(kind: type[Section], key: str, value: object) -> Iterator[Violation]:
     """Yield the violation of a key that no section has, or of each setting in a section that does not exist."""
     if isinstance(value, dict) and value:
         for name, inner in value.items():
-            yield from _unknown(f"{key}.{name}", inner)
+            yield from _unknown(kind, f"{key}.{name}", inner)
         return
-    near = closest_key(key)
-    hint = f"did you mean {near}?" if near is not None else "dist-llm train --cfg prints them all"
+    near = closest_key(key, kind)
+    everything = (
+        "dist-llm train --cfg prints them all" if kind is RunConfig else "the help of this command has them all"
+    )
+    hint = f"did you mean {near}?" if near is not None else everything
     yield Violation(str(shown(key)), shown(value), f"is not a setting: {hint}")
 
 

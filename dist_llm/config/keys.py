@@ -46,9 +46,9 @@ def nested_section(field: FieldInfo) -> type[Section] | None:
 
 
 @cache
-def all_fields() -> dict[str, FieldInfo]:
+def all_fields(kind: type[Section] = RunConfig) -> dict[str, FieldInfo]:
     """Return every field by its key path, sections too."""
-    return dict(_fields_of(RunConfig, ""))
+    return dict(_fields_of(kind, ""))
 
 
 def _fields_of(cls: type[Section], prefix: str) -> list[tuple[str, FieldInfo]]:
@@ -62,9 +62,9 @@ def _fields_of(cls: type[Section], prefix: str) -> list[tuple[str, FieldInfo]]:
     return found
 
 
-def field_at(key: str) -> FieldInfo | None:
+def field_at(key: str, kind: type[Section] = RunConfig) -> FieldInfo | None:
     """Return the field at a key path, None where there is none."""
-    return all_fields().get(key)
+    return all_fields(kind).get(key)
 
 
 def takes_text(key: str) -> bool:
@@ -76,23 +76,24 @@ def takes_text(key: str) -> bool:
     return [get_args(part)[0] if get_origin(part) is Annotated else part for part in held] == [str]
 
 
-def closest_key(key: str) -> str | None:
+def closest_key(key: str, kind: type[Section] = RunConfig) -> str | None:
     """Return the setting that an unknown `key` most likely meant: by another name, a sibling, the same elsewhere.
 
     A key without a section may also mean a group, such as `model` or `experiment`.
     """
     section, _, last = key.rpartition(".")
-    if last in _OTHER_NAMES:
+    known = all_fields(kind)
+    if _OTHER_NAMES.get(last) in known:
         return _OTHER_NAMES[last]
-    fields = [name for name, field in all_fields().items() if nested_section(field) is None]
+    fields = [name for name, field in known.items() if nested_section(field) is None]
     siblings = {name.rpartition(".")[2]: name for name in fields if name.rpartition(".")[0] == section}
     elsewhere = {name.rpartition(".")[2]: name for name in reversed(fields)}
     if last in elsewhere:
         return elsewhere[last]
-    groups = {} if section else {name: name for name in (*RunConfig.model_fields, "experiment")}
+    groups = {} if section else {name: name for name in (*kind.model_fields, "experiment")}
     for named in (siblings, {**elsewhere, **groups}):
         near = difflib.get_close_matches(last, named, n=1, cutoff=0.6)
         if near:
             return named[near[0]]
-    near = difflib.get_close_matches(key, all_fields(), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     return near[0] if near else None

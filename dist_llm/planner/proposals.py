@@ -1,0 +1,88 @@
+"""Layouts worth weighing: for each split of the ranks the microbatch, ZeRO stage, recompute and schedule that people use.
+
+    tp <= devices a node;  pp x chunks <= layers;  cp from 8192 tokens;  ep where there are experts;  dp is what is left
+
+`plan layouts` lists all that is legal; of those that differ in nothing a cost model sees, one is proposed here. Whether a
+proposal is legal is asked of the rules (config/checks.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from dist_llm.config.checks import RULES
+from dist_llm.config.model import ModelConfig
+from dist_llm.config.rules import divisors
+from dist_llm.config.run import RunConfig
+
+MICROBATCHES = (1, 2, 4, 8, 16)
+MOST_CHUNKS = 6
+LONG_SEQUENCE = 8192
+"""Tokens from which splitting a sequence over ranks is weighed."""
+
+Choice = dict[str, Any]
+
+
+def propose_layouts(config: RunConfig, ranks: int, devices_per_node: int) -> Iterator[RunConfig]:
+    """Yield legal configs that differ from `config` in layout, microbatch and recompute."""
+    for split in _splits(config, ranks, devices_per_node):
+        for microbatch in MICROBATCHES:
+            if config.data.global_batch % (split["data"] * microbatch):
+                break
+            for inner in _inner(config, split, microbatch):
+                parallel = config.parallel.model_copy(update={**split, **inner})
+                data = config.data.model_copy(update={"microbatch": microbatch})
+                proposed = config.model_copy(update={"parallel": parallel, "data": data})
+                if not any(rule(proposed, ranks) for rule in RULES):
+                    yield proposed
+
+
+def _splits(config: RunConfig, ranks: int, devices_per_node: int) -> Iterator[Choice]:
+    """Yield how the ranks may be split: tensor and context inside a node, pipeline and data over the rest."""
+    model = config.model
+    for tensor in divisors(ranks):
+        if tensor > devices_per_node or model.num_heads % tensor or model.kv_heads % tensor:
+            continue
+        for context in _contexts(config.data.seq_len, ranks // tensor):
+            for pipeline in divisors(ranks // tensor // context):
+                data = ranks // tensor // context // pipeline
+                if pipeline <= model.num_layers and data <= config.data.global_batch:
+                    for expert in _experts(model, data * context):
+                        yield {
+                            "tensor": tensor,
+                            "sequence": tensor > 1 and config.data.seq_len % (tensor * context) == 0,
+                            "context": context,
+                            "pipeline": pipeline,
+                            "data": data,
+                            "expert": expert,
+                        }
+
+
+def _contexts(seq_len: int, ranks: int) -> tuple[int, ...]:
+    return (1, *(n for n in divisors(ranks)[1:] if n <= 16 and seq_len // n >= LONG_SEQUENCE // 2))
+
+
+def _experts(model: ModelConfig, shards: int) -> tuple[int, ...]:
+    experts = model.moe.num_experts
+    return tuple(n for n in divisors(experts) if shards % n == 0) if experts else (1,)
+
+
+def _inner(config: RunConfig, split: Choice, microbatch: int) -> Iterator[Choice]:
+    """Yield schedule, ZeRO stage and recompute for a split."""
+    stages = (1, 3) if split["data"] * split["context"] > 1 else (0,)
+    for schedule in _schedules(config, split, microbatch):
+        for zero in stages if split["pipeline"] == 1 else stages[:1]:
+            for recompute in ("none", "selective", "full"):
+                yield {**schedule, "zero": zero, "recompute": recompute}
+
+
+def _schedules(config: RunConfig, split: Choice, microbatch: int) -> Iterator[Choice]:
+    yield {"schedule": "1f1b", "virtual_pipeline": 1}
+    pipeline = split["pipeline"]
+    count = config.data.global_batch // (split["data"] * microbatch)
+    layers = config.model.num_layers // pipeline
+    if pipeline > 1 and count % pipeline == 0 and count // pipeline < 16:
+        for chunks in divisors(layers)[1:]:
+            if chunks <= MOST_CHUNKS:
+                yield {"schedule": "interleaved", "virtual_pipeline": chunks}

@@ -1,0 +1,138 @@
+"""Shapes of a model of about so many parameters: legal, on sizes that matrix units like, not too deep and not too wide.
+
+    cost(shape) = L(N, C / 6N) / L(optimum) - 1 + 0.01 (ln(aspect / usual) / ln 4)^2,    aspect = hidden / layers
+
+Loss hardly depends on the aspect ratio: about 1 % at four times the usual (Kaplan et al. 2020, figure 5). Usual is from
+64 (GPT-2 124M: 768 / 12) to 128 (Llama 7B: 4096 / 32; GPT-3 175B: 12288 / 96).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from dist_llm.accounting.params import num_parameters
+from dist_llm.config.families import FAMILIES, usual_ffn_width
+from dist_llm.config.model import ModelConfig
+from dist_llm.config.request import ModelRequest
+
+SMALL, MIDDLE, LARGE = 1e9, 3e9, 8e9
+"""Parameters from which heads are 128 wide and embeddings apart, the vocabulary is large, and key heads are shared."""
+
+FEWEST_PARAMS = 2e4
+"""Parameters of the smallest model that is searched."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model, its parameters (embeddings included), those that a token meets, and what it costs against the optimum."""
+
+    model: ModelConfig
+    num_params: int
+    active_params: int
+    cost: float = 0.0
+
+
+def active_parameters(model: ModelConfig) -> int:
+    """Return the parameters that a token meets, embeddings included: of experts those of the top k."""
+    if not model.num_expert_layers:
+        return num_parameters(model)
+    matrices = 3 if model.activation == "swiglu" else 2
+    idle = model.moe.num_experts - min(model.moe.top_k, model.moe.num_experts)
+    return num_parameters(model) - model.num_expert_layers * idle * matrices * model.hidden_size * model.expert_width
+
+
+def measure(model: ModelConfig) -> Shape:
+    """Return a model as a shape."""
+    return Shape(model, num_parameters(model), active_parameters(model))
+
+
+def search_shapes(
+    wish: ModelRequest, seq_len: int, target: float, loss_ratio: Callable[[float], float], most: int = 5
+) -> list[Shape]:
+    """Return the `most` cheapest shapes of about `target` parameters that a token meets, the best first.
+
+    loss_ratio(N): predicted loss with N parameters and the same compute, over the optimum's. Empty where no shape that
+    agrees with what is fixed comes near.
+    """
+    found = []
+    for shape in _shapes(wish, seq_len, target):
+        aspect = shape.model.hidden_size / shape.model.num_layers
+        apart = math.log(aspect / usual_aspect(shape.active_params)) / math.log(4)
+        cost = loss_ratio(shape.active_params) - 1 + 0.01 * apart**2
+        found.append(Shape(shape.model, shape.num_params, shape.active_params, cost))
+    return sorted(found, key=lambda shape: (shape.cost, shape.num_params))[:most]
+
+
+def usual_aspect(num_params: float) -> float:
+    """Return hidden / layers of published models of that size."""
+    return min(128.0, max(24.0, 64 * (num_params / 1.24e8) ** 0.172))
+
+
+def _shapes(wish: ModelRequest, seq_len: int, target: float) -> Iterator[Shape]:
+    """Yield for each width the depth that comes closest to the target from below and from above."""
+    for width in [wish.hidden_size] if wish.hidden_size else _widths(target):
+        one, two = (measure(build_model(wish, seq_len, target, width, layers)) for layers in (1, 2))
+        each = two.active_params - one.active_params
+        exact = 1 + (target - one.active_params) / each
+        step = _layer_step(target)
+        near = {max(1, step * math.floor(exact / step)), max(1, step * math.ceil(exact / step))}
+        for layers in [wish.num_layers] if wish.num_layers else sorted(near):
+            if layers <= 1024:
+                more = layers - 1
+                total, active = two.num_params - one.num_params, two.active_params - one.active_params
+                model = build_model(wish, seq_len, target, width, layers)
+                yield Shape(model, one.num_params + more * total, one.active_params + more * active)
+
+
+def _widths(target: float) -> Iterator[int]:
+    """Yield widths in whole heads: the wider, the coarser, so that tensor parallelism can split them."""
+    steps = (
+        ((512, 4096, 512), (4096, 65537, 1024)) if target >= SMALL else ((16, 64, 16), (64, 512, 64), (512, 4096, 128))
+    )
+    for low, high, step in steps:
+        yield from (width for width in range(low, high, step) if 2 * width**2 < 8 * target)
+
+
+def _layer_step(target: float) -> int:
+    """Return what the number of layers is a multiple of, so that pipelines can split it."""
+    return 1 if target < SMALL else 2 if target < 1e10 else 4
+
+
+def build_model(wish: ModelRequest, seq_len: int, target: float, width: int, layers: int) -> ModelConfig:
+    """Return the model of that width and depth; what the request leaves open follows its family and size."""
+    options = dict(FAMILIES[wish.family])
+    if wish.tie_embeddings is not None or target < SMALL:
+        options["tie_embeddings"] = True if wish.tie_embeddings is None else wish.tie_embeddings
+    heads = wish.num_heads or _num_heads(width, target)
+    kv_heads = wish.num_kv_heads or (8 if wish.family == "llama" and target >= LARGE and heads % 8 == 0 else heads)
+    vocab = wish.vocab_size or usual_vocab(wish.family, target)
+    return ModelConfig(
+        family=wish.family,
+        num_layers=layers,
+        hidden_size=width,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        ffn_hidden_size=wish.ffn_hidden_size or usual_ffn_width(wish.family, width),
+        vocab_size=vocab,
+        max_seq_len=seq_len,
+        moe=wish.moe,
+        **options,
+    )
+
+
+def usual_vocab(family: str, num_params: float) -> int:
+    """Return the tokens of the vocabulary: GPT-2's or Llama's, and fewer for models whose tables would be most of them.
+
+    The best vocabulary grows with the model (Tao et al. 2024).
+    """
+    small = ((3e6, 1024), (1e7, 4096), (3e7, 8192), (1e8, 16384))
+    large = 50304 if family == "gpt2" else 128256 if num_params >= MIDDLE else 32000
+    return next((vocab for most, vocab in small if num_params < most), large)
+
+
+def _num_heads(width: int, target: float) -> int:
+    """Return the heads of a width: 64 wide below a billion parameters, else 128; narrower where the model is."""
+    wanted = 64 if target < SMALL else 128
+    return width // next(head for head in (wanted, 64, 32, 16, width) if width % head == 0)
