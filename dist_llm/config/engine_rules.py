@@ -17,8 +17,8 @@ from dist_llm.config.wording import shown
 ENGINES = ("native", "deepspeed", "megatron")
 PACKAGES = {"deepspeed": "deepspeed", "megatron": "megatron-core"}
 """The package in `config/extensions.py` that an engine is made of; ours needs none."""
-_NATIVE_CAN = ", not under native"
-"""Ends the words of a rule that one other engine alone has."""
+_OTHERS_CAN = ", not under native or deepspeed"
+"""Ends the words of a rule that Megatron-Core alone has."""
 
 
 @dataclass(frozen=True)
@@ -144,14 +144,14 @@ def nvme_needs_zero_3(config: RunConfig, world_size: int | None) -> Iterator[Bro
         yield Broken("engine.offload_to", "needs parallel.zero=3, without which nothing goes to files", ("cpu",))
 
 
-@reads("engine.name", "parallel.zero", "parallel.offload")
+@reads("engine.name", "engine.offload_to", "parallel.zero", "parallel.offload")
 def deepspeed_offloads_whole_shards(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
     """Under `engine=deepspeed`, `parallel.offload: parameters` needs `parallel.zero: 3`, which shards parameters."""
     parallel = config.parallel
     if config.engine.name == "deepspeed" and parallel.offload == "parameters" and parallel.zero != 3:
-        yield Broken(
-            "parallel.offload", f"needs parallel.zero=3 under engine=deepspeed{_NATIVE_CAN}", ("optimizer", "none")
-        )
+        elsewhere = ", not under native" if config.engine.offload_to == "cpu" else ""
+        words = f"needs parallel.zero=3 under engine=deepspeed{elsewhere}"
+        yield Broken("parallel.offload", words, ("optimizer", "none"))
 
 
 @reads("engine.name", "parallel.tensor", "parallel.sequence", "model.bias", *_EXPERTS)
@@ -160,10 +160,10 @@ def megatron_splits_experts(config: RunConfig, world_size: int | None) -> Iterat
     if config.engine.name != "megatron" or _no_experts(config):
         return
     if config.parallel.tensor > 1 and not config.parallel.sequence:
-        words = f"must be true with experts under engine=megatron and parallel.tensor above 1{_NATIVE_CAN}"
+        words = f"must be true with experts under engine=megatron and parallel.tensor above 1{_OTHERS_CAN}"
         yield Broken("parallel.sequence", words, (True,))
     if config.model.bias:
-        yield Broken("model.bias", f"must be false with experts under engine=megatron{_NATIVE_CAN}", (False,))
+        yield Broken("model.bias", f"must be false with experts under engine=megatron{_OTHERS_CAN}", (False,))
 
 
 @reads("engine.name", *(f"model.moe.{name}" for name in ("score", "top_k", "normalize", "bias_rate")), *_EXPERTS)
@@ -176,13 +176,13 @@ def megatron_weighs_experts(config: RunConfig, world_size: int | None) -> Iterat
     if config.engine.name != "megatron" or _no_experts(config):
         return
     if moe.top_k == 1 and moe.normalize:
-        yield Broken("model.moe.normalize", f"must be false with top_k=1 under engine=megatron{_NATIVE_CAN}", (False,))
+        yield Broken("model.moe.normalize", f"must be false with top_k=1 under engine=megatron{_OTHERS_CAN}", (False,))
     if moe.top_k > 1 and moe.score == "sigmoid" and not moe.normalize:
         yield Broken(
-            "model.moe.normalize", f"must be true of sigmoid scores under engine=megatron{_NATIVE_CAN}", (True,)
+            "model.moe.normalize", f"must be true of sigmoid scores under engine=megatron{_OTHERS_CAN}", (True,)
         )
     if moe.score == "softmax" and moe.bias_rate:
-        yield Broken("model.moe.bias_rate", f"must be 0 with softmax scores under engine=megatron{_NATIVE_CAN}", (0.0,))
+        yield Broken("model.moe.bias_rate", f"must be 0 with softmax scores under engine=megatron{_OTHERS_CAN}", (0.0,))
 
 
 @reads("engine.name", "parallel.context", "parallel.recompute", "data.document_mask")
@@ -193,22 +193,38 @@ def megatron_recomputes_with_documents(config: RunConfig, world_size: int | None
     """
     parallel, ours = config.parallel, config.engine.name == "megatron" and config.data.document_mask
     if ours and parallel.context > 1 and parallel.recompute == "full":
-        words = f"must be false over context ranks under engine=megatron and parallel.recompute=full{_NATIVE_CAN}"
+        words = f"must be false over context ranks under engine=megatron and parallel.recompute=full{_OTHERS_CAN}"
         yield Broken("data.document_mask", words, (False,))
 
 
-@reads("engine.name", "engine.fp8", "engine.transformer_engine")
-def fp8_needs_transformer_engine(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
-    """`engine.fp8` is under `engine=megatron` with Transformer Engine, which is installed."""
-    engine = config.engine
+@reads("engine.name", "engine.fp8", "engine.transformer_engine", "device", "model.norm", "model.bias")
+def fp8_is_of_transformer_engine(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """`engine.fp8` is under `engine=megatron` with Transformer Engine's layers.
+
+    These are on CUDA, and their LayerNorm has biases.
+    """
+    engine, model = config.engine, config.model
     if engine.fp8 == "none":
         return
     if engine.name != "megatron":
         yield Broken("engine.fp8", f"is for engine=megatron, not {engine.name}", ("none",))
-    elif engine.transformer_engine == "never":
+        return
+    if engine.transformer_engine == "never":
         yield Broken("engine.fp8", "needs engine.transformer_engine=auto", ("none",))
-    elif not (found := find_extension("transformer-engine")).usable:
-        yield Broken("engine.fp8", f"needs Transformer Engine: {found.problem or found.install}", ("none",))
+    if config.device == "cpu":
+        yield Broken("engine.fp8", "needs CUDA, and device=cpu", ("none",))
+    if model.norm == "layernorm" and not model.bias:
+        words = "must be true with model.norm=layernorm under engine.fp8: Transformer Engine's LayerNorm has biases"
+        yield Broken("model.bias", words, (True,))
+
+
+@reads("engine.name", "engine.fp8")
+def transformer_engine_is_installed(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
+    """Under `engine.fp8` Transformer Engine is installed."""
+    if config.engine.fp8 != "none" and config.engine.name == "megatron":
+        found = find_extension("transformer-engine")
+        if not found.usable:
+            yield Broken("engine.fp8", f"needs Transformer Engine: {found.problem or found.install}", ("none",))
 
 
 ENGINE_RULES: tuple[Rule, ...] = (
@@ -219,7 +235,8 @@ ENGINE_RULES: tuple[Rule, ...] = (
     megatron_splits_experts,
     megatron_weighs_experts,
     megatron_recomputes_with_documents,
-    fp8_needs_transformer_engine,
+    fp8_is_of_transformer_engine,
+    transformer_engine_is_installed,
     *(Limit("deepspeed", key, values, why).rule() for key, values, why in _DEEPSPEED),
     *(Limit("megatron", key, values, why).rule() for key, values, why in _MEGATRON),
     Limit(

@@ -105,6 +105,11 @@ class Session:
         with _quiet():
             self.engine.destroy()
         FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module is not self.engine.module]
+        # Under ZeRO 3 these hold each other and their groups through autograd's hooks: a cycle that Python cannot see.
+        zero = self.engine.optimizer
+        for held in (*self.engine.module.parameters(), getattr(zero, "parameter_offload", None), zero, self.engine):
+            if held is not None:
+                vars(held).clear()
         self._closers.close()
         del self.engine
 

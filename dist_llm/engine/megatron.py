@@ -89,8 +89,7 @@ class MegatronEngine:
         fused = find_fused(config, mesh.device.type == "cuda")
         if config.engine.fp8 != "none" and not fused.layers:
             raise EngineUnavailable(
-                f"engine.fp8={config.engine.fp8} needs Transformer Engine's layers: a CUDA device, the package, and no "
-                "LayerNorm without biases; use engine.fp8=none"
+                f"engine.fp8={config.engine.fp8} needs CUDA, and the device here is {mesh.device.type}; use none"
             )
         self._attend = chosen_attention(config, mesh, fused)
         self._settings, models = build_chunks(config, stages, mesh, fused, self._attend)
@@ -109,6 +108,8 @@ class MegatronEngine:
         self._chunks: list[Any] = wrap_chunks(config, self._settings, models, mesh.device)
         for router in self._routers().values():
             router._maintain_float32_expert_bias()
+            if router.local_tokens_per_expert is not None:  # counts, which Megatron-Core too casts to 16 bits
+                router.local_tokens_per_expert = router.local_tokens_per_expert.float()
         if mesh.device.type != "cuda":
             name_types(self._bands)
         self._optimizer, self._parts = build_optimizer(config, self._chunks)
@@ -300,6 +301,8 @@ class MegatronEngine:
             rope = getattr(_bare(chunk), "rotary_pos_emb", None)
             if rope is not None:
                 type(rope).forward.cache_clear()
+            # Its hooks hold the chunk, and experts keep graphs that hold the hooks: a cycle that Python cannot see.
+            vars(chunk).clear()
         self._chunks, self._parts, self._bands = [], [], {}
         del self._optimizer, self._settings, self._run
         parallel_state.destroy_model_parallel()

@@ -1,6 +1,6 @@
 """Our attention inside Megatron-Core's layers, where its own cannot: over context ranks, and inside of documents.
 
-Megatron-Core's core attention materialises all scores and knows neither; Transformer Engine's knows context ranks.
+Megatron-Core's core attention materialises all scores and knows neither; Transformer Engine's knows a ring of ranks.
 """
 
 from __future__ import annotations

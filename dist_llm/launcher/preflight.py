@@ -18,7 +18,7 @@ from typing import Literal
 
 import dist_llm
 from dist_llm.config.checks import check, wandb_is_installed
-from dist_llm.config.engine_rules import ENGINES, PACKAGES, engine_is_installed
+from dist_llm.config.engine_rules import ENGINES, PACKAGES, engine_is_installed, transformer_engine_is_installed
 from dist_llm.config.extensions import EXTENSIONS, find_extension
 from dist_llm.config.run import RunConfig
 from dist_llm.runtime import machine
@@ -222,7 +222,8 @@ def shared_memory(config: RunConfig) -> Iterator[Finding]:
 
 def settings(config: RunConfig) -> Iterator[Finding]:
     """Check the rules between settings; those about packages have lines of their own."""
-    elsewhere = {slip.words for rule in (engine_is_installed, wandb_is_installed) for slip in rule(config, None)}
+    packages = (engine_is_installed, transformer_engine_is_installed, wandb_is_installed)
+    elsewhere = {slip.words for rule in packages for slip in rule(config, None)}
     broken = [violation for violation in check(config, None) if violation.rule not in elsewhere]
     for violation in broken:
         yield Finding("config", "wrong", None, str(violation), True)

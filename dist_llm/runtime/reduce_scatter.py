@@ -28,7 +28,7 @@ def reduce_scatter(out: Tensor, x: Tensor, group: dist.ProcessGroup, op: Any = d
 
     Both are contiguous; on a CPU parts are added in the order of ranks. What is no sum is left to the backend.
     """
-    if x.device.type == "cpu" and op == dist.ReduceOp.SUM and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and x.device.type == "cpu" and op == dist.ReduceOp.SUM:
         torch.ops.dist_llm_c10d.reduce_scatter(out, x, group.group_name)
     else:
         _backend_reduce_scatter(out, x, op=op, group=group)

@@ -116,6 +116,7 @@ def case_config(config: RunConfig, case: Case, precision: str) -> RunConfig:
         tree["parallel"]["fused_accumulation"] = False
     tree["data"]["microbatch"] = config.data.global_batch // (data * case.accumulation)
     tree["precision"] = {"name": precision}
+    tree["engine"]["fp8"] = "none"
     tree["launcher"]["nproc"] = case.ranks
     return RunConfig.model_validate(tree)
 

@@ -121,6 +121,8 @@ def excluded_settings(config: RunConfig, precision: str) -> dict[str, str]:
     model, excluded = config.model, {}
     if config.parallel.fused_accumulation and not is_mixed(precision):
         excluded["parallel.fused_accumulation"] = f"taken as false: it has nothing to widen in {precision}"
+    if config.engine.fp8 != "none":
+        excluded["engine.fp8"] = f"{config.engine.fp8} taken as none: it rounds by the largest values of a whole tensor"
     if model.attention_dropout > 0:
         why = "its masks are drawn inside fused attention, differently on each layout"
         excluded["model.attention_dropout"] = f"{model.attention_dropout:g} taken as 0: {why}"

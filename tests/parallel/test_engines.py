@@ -23,6 +23,7 @@ from tests.parallel.engines import (
     journey,
     same,
     skipped_step,
+    threads,
     without_host_adam,
 )
 from tests.parallel.tiny import GPT2, MOE, SIGMOID_MOE, tiny_config
@@ -146,6 +147,16 @@ def test_resume_is_bit_equal(pool: WorkerPool, tmp_path: Path, engine: str, zero
     config = engine_config(engine, {"zero": zero}, SIGMOID_MOE, precision={"name": precision})
     stopped = pool.run(journey, [(config, 3), (config, 6)], tmp_path, world=2)
     assert stopped == pool.run(curve_of, config, 6, world=2)
+
+
+@pytest.mark.parametrize(("engine", "zero"), [("deepspeed", 1), ("deepspeed", 3), ("megatron", 0), ("megatron", 1)])
+def test_an_engine_frees_its_groups(pool: WorkerPool, engine: str, zero: int) -> None:
+    config = engine_config(engine, {"zero": zero}, SIGMOID_MOE)
+    left = []
+    for _ in range(2):
+        pool.run(curve_of, config, 1, world=2)
+        left.append(pool.run(threads, world=2))
+    assert left[1] == left[0]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -60,15 +60,16 @@ def test_a_fault_is_found(pool: WorkerPool, fault: str) -> None:
     assert not same(pool.run(broken_curve, config, fault, 3, world=4)[0], native)
 
 
-def scales(config: RunConfig) -> list[tuple[float, ...]]:
-    """Overflow one rank's dense gradient in the second of three steps; return all loss scales after each."""
+def scales(config: RunConfig, part: str) -> list[tuple[float, ...]]:
+    """Overflow one rank's gradient of a part in the second of three steps; return all loss scales after each."""
     megatron = import_megatron(torch.device("cpu"))
     finish = megatron.finalize_model_grads
 
     def overflow(chunks: Any, *args: Any, **more: Any) -> None:
         finish(chunks, *args, **more)
-        dense = next(weight for name, weight in chunks[0].named_parameters() if "linear_qkv" in name)
-        dense.main_grad.fill_(torch.inf)
+        for name, weight in chunks[0].named_parameters():
+            if part in name and torch.distributed.get_rank() == 0:  # the other rank hears of it from this one
+                weight.main_grad.fill_(torch.inf)
 
     found = []
     with running(config) as engine:
@@ -83,11 +84,39 @@ def scales(config: RunConfig) -> list[tuple[float, ...]]:
     return found
 
 
-def test_dense_weights_and_experts_have_one_loss_scale(pool: WorkerPool) -> None:
+@pytest.mark.parametrize("part", ["linear_qkv", "local_experts"])
+def test_dense_weights_and_experts_have_one_loss_scale(pool: WorkerPool, part: str) -> None:
     precision = {"name": "fp16", "initial_loss_scale": 2.0**10}
     config = engine_config("megatron", {"data": 2, "expert": 2, "zero": 1}, SIGMOID_MOE, precision=precision)
-    for found in pool.run(scales, config, world=2):
+    for found in pool.run(scales, config, part, world=2):
         assert found == [(2.0**10,) * 3, (2.0**9,) * 3, (2.0**9,) * 3]
+
+
+def counts_of_tokens(config: RunConfig) -> set[str]:
+    """Return the formats in which routers count what goes to an expert."""
+    with running(config) as engine:
+        return {str(router.local_tokens_per_expert.dtype) for router in engine._routers().values()}  # type: ignore[attr-defined]
+
+
+def test_routers_count_in_fp32(pool: WorkerPool) -> None:
+    """In bf16, which Megatron-Core casts counts to, 257 tokens are 256, and fp16 has no number above 65504."""
+    config = engine_config("megatron", {}, SIGMOID_MOE, precision={"name": "bf16"})
+    assert pool.run(counts_of_tokens, config, world=1) == [{"torch.float32"}]
+
+
+def fusions(config: RunConfig) -> tuple[bool, bool]:
+    """Return Megatron-Core's own fusions on CUDA: activation with bias, softmax with mask."""
+    import_megatron(torch.device("cpu"))
+    from dist_llm.engine.megatron_fused import Fused
+    from dist_llm.engine.megatron_model import _layout_settings
+
+    settings = _layout_settings(config, [], True, Fused())
+    return settings["bias_activation_fusion"], settings["masked_softmax_fusion"]
+
+
+@pytest.mark.parametrize(("model", "fused"), [({}, True), ({**GPT2, "dropout": 0.0}, False)])
+def test_fusions_compute_what_is_asked_for(pool: WorkerPool, model: dict[str, object], fused: bool) -> None:
+    assert pool.run(fusions, engine_config("megatron", {}, model), world=1) == [(fused, False)]
 
 
 def fused_parts(config: RunConfig, cuda: bool, present: tuple[str, ...]) -> tuple[bool, bool, bool]:

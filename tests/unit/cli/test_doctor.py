@@ -183,7 +183,8 @@ def test_optional_packages_that_a_config_needs(examine: Examine, monkeypatch: py
     assert examine()["wandb"]["stops"] is False
     assert examine("telemetry.wandb=true", fit=False)["wandb"]["stops"] is True
     _find(monkeypatch, "transformer-engine", None)
-    assert examine("engine=megatron", "engine.fp8=hybrid", fit=False)["transformer-engine"]["stops"] is True
+    rows = examine("engine=megatron", "engine.fp8=hybrid", fit=False)
+    assert (rows["transformer-engine"]["stops"], rows["config"]["status"]) == (True, "ok")
 
 
 _HIDING = """

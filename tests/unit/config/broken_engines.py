@@ -221,19 +221,20 @@ BROKEN_ENGINES: list[tuple[str, dict[str, object], int | None, str]] = [
         {**_MEGATRON, "model__moe__num_experts": 4, "parallel__tensor": 2},
         None,
         "parallel.sequence=false must be true with experts under engine=megatron and parallel.tensor above 1, "
-        "not under native; use true",
+        "not under native or deepspeed; use true",
     ),
     (
         "megatron_splits_experts",
         {**_MEGATRON, "model__moe__num_experts": 4, "model__bias": True},
         None,
-        "model.bias=true must be false with experts under engine=megatron, not under native; use false",
+        "model.bias=true must be false with experts under engine=megatron, not under native or deepspeed; use false",
     ),
     (
         "megatron_weighs_experts",
         {**_MEGATRON, "model__moe__num_experts": 4, "model__moe__top_k": 1},
         None,
-        "model.moe.normalize=true must be false with top_k=1 under engine=megatron, not under native; use false",
+        "model.moe.normalize=true must be false with top_k=1 under engine=megatron, "
+        "not under native or deepspeed; use false",
     ),
     (
         "megatron_weighs_experts",
@@ -244,33 +245,55 @@ BROKEN_ENGINES: list[tuple[str, dict[str, object], int | None, str]] = [
             "model__moe__normalize": False,
         },
         None,
-        "model.moe.normalize=false must be true of sigmoid scores under engine=megatron, not under native; use true",
+        "model.moe.normalize=false must be true of sigmoid scores under engine=megatron, "
+        "not under native or deepspeed; use true",
     ),
     (
         "megatron_weighs_experts",
         {**_MEGATRON, "model__moe__num_experts": 4, "model__moe__bias_rate": 0.1},
         None,
-        "model.moe.bias_rate=0.1 must be 0 with softmax scores under engine=megatron, not under native; use 0.0",
+        "model.moe.bias_rate=0.1 must be 0 with softmax scores under engine=megatron, "
+        "not under native or deepspeed; use 0.0",
     ),
     (
         "megatron_recomputes_with_documents",
         {**_MEGATRON, "data__document_mask": True, "parallel__context": 2, "parallel__recompute": "full"},
         2,
         "data.document_mask=true must be false over context ranks under engine=megatron and parallel.recompute=full, "
-        "not under native; "
+        "not under native or deepspeed; "
         "use false",
     ),
     (
-        "fp8_needs_transformer_engine",
+        "fp8_is_of_transformer_engine",
         {"engine__fp8": "hybrid"},
         None,
         "engine.fp8=hybrid is for engine=megatron, not native; use none",
     ),
     (
-        "fp8_needs_transformer_engine",
+        "fp8_is_of_transformer_engine",
         {**_MEGATRON, "engine__fp8": "e4m3", "engine__transformer_engine": "never"},
         None,
         "engine.fp8=e4m3 needs engine.transformer_engine=auto; use none",
+    ),
+    (
+        "fp8_is_of_transformer_engine",
+        {**_MEGATRON, "engine__fp8": "e4m3", "device": "cpu"},
+        None,
+        "engine.fp8=e4m3 needs CUDA, and device=cpu; use none",
+    ),
+    (
+        "fp8_is_of_transformer_engine",
+        {**_MEGATRON, "engine__fp8": "e4m3", "model__norm": "layernorm", "model__bias": False},
+        None,
+        "model.bias=false must be true with model.norm=layernorm under engine.fp8: Transformer Engine's LayerNorm has "
+        "biases; use true",
+    ),
+    (
+        "transformer_engine_is_installed",
+        {**_MEGATRON, "engine__fp8": "hybrid"},
+        None,
+        "engine.fp8=hybrid needs Transformer Engine: pip install --no-build-isolation 'transformer-engine[pytorch]'; "
+        "use none",
     ),
     *_limits(),
 ]

@@ -197,3 +197,9 @@ def test_bf16_judges_the_first_gradients_and_not_the_weights(gap: float, found: 
 def looked(value: float) -> Look:
     """Return a look at a step whose only gradient holds a value."""
     return Look({"pp": 0, "dp": 0, "cp": 0, "tp": 0}, True, {}, [("w", (2,), (0,), np.full(2, value))])
+
+
+def test_fp8_is_left_out_and_said() -> None:
+    config = tiny_config(engine={"name": "megatron", "fp8": "hybrid"})
+    assert case_config(config, baseline("as-given"), "fp32").engine.fp8 == "none"
+    assert "engine.fp8" in excluded_settings(config, "fp32")
