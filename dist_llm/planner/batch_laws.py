@@ -1,8 +1,8 @@
 """Learning rate and batch size from published power laws, each fitted on its authors' own sweeps.
 
-    DeepSeek LLM   lr = 0.3118 C^-0.1250            B = 0.2920 C^0.3271 tokens          (arXiv 2401.02954, section 3.1)
-    Step Law       lr = 1.782 N^-0.7122 D^0.3070    B = 0.5733 D^0.5713 tokens          (arXiv 2503.04715, repository fit)
-    OLMo ladder    lr = 0.0047 (N / 108e6)^(-1/3)   B = 160 (N / 108e6)^(2/3) x 2048    (after Porian et al. 2024)
+    DeepSeek LLM   lr = 0.3118 C^-0.1250            B = 0.2920 C^0.3271 tokens          (arXiv 2401.02954)
+    Step Law       lr = 1.782 N^-0.7122 D^0.3070    B = 0.5733 D^0.5713 tokens          (arXiv 2503.04715)
+    OLMo ladder    lr = 0.0047 (N / 108e6)^(-1/3)   B = 160 (N / 108e6)^(2/3) x 2048    (after arXiv 2406.19146)
 
 C = 6 N D FLOPs; N counts no embeddings. They hold for AdamW and a cosine or linear decay to near zero.
 """
