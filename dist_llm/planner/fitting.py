@@ -27,9 +27,9 @@ DELTA = 1e-3
 EXPONENTS = (0.2, 0.5)
 FLOORS = (0.4, 0.8)
 """Starts of alpha and beta, and of E as a share of the least loss."""
-LARGEST_EXPONENT = 3.0
-LEAST_FLOOR = 1e-6
-"""E is at least this share of the least loss: ln E has no bottom where runs do not show any."""
+LEAST_EXPONENT, LARGEST_EXPONENT = 0.02, 3.0
+LEAST_SHARE = 1e-6
+"""A term is at least this share of the least loss: its logarithm has no bottom where runs show nothing of it."""
 _COARSE, _FINE = 1e-7, 1e-15
 """Relative decrease at which L-BFGS stops: from each start of the grid, and from the best end of those."""
 _STEPS, _ENOUGH = 200, 1e-6
@@ -118,8 +118,9 @@ class Problem:
     def bounds(self) -> list[tuple[float | None, float | None]]:
         """Return the least and greatest of each of q."""
         least = float(self.log_losses.min())
-        floor = (least + math.log(LEAST_FLOOR), least)
-        return [(None, None), (None, None), floor, (0.0, LARGEST_EXPONENT), (0.0, LARGEST_EXPONENT)]
+        lowest = least + math.log(LEAST_SHARE)
+        exponents = (LEAST_EXPONENT, LARGEST_EXPONENT)
+        return [(lowest, None), (lowest, None), (lowest, least), exponents, exponents]
 
     def starts(self) -> list[Array]:
         """Return the grid: the excess over E shared equally by both terms at the middle run."""

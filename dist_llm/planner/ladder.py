@@ -86,7 +86,7 @@ def _ladder_targets(law: Law, budgets: tuple[float, float], num_runs: int) -> It
 
 
 def _isoflop_targets(law: Law, budgets: tuple[float, float], num_runs: int) -> Iterator[tuple[float, float]]:
-    """Yield (FLOPs, parameters): as many budgets as have FEWEST_SIZES sizes, the first ones more where some are left."""
+    """Yield (FLOPs, parameters): as many budgets as have FEWEST_SIZES sizes, the first ones more if some are left."""
     count = max(1, num_runs // FEWEST_SIZES)
     for index, flops in enumerate(_budgets(*budgets, count)):
         sizes = num_runs // count + (index < num_runs % count)
@@ -114,7 +114,7 @@ def _widths(head_width: int) -> Iterator[tuple[int, int]]:
     for hidden in range(STEP, 256 * head_width + 1, STEP):
         if hidden % head_width == 0:
             yield hidden, hidden // head_width
-        elif hidden < 8 * head_width:
+        elif hidden < 8 * head_width and hidden % max(STEP, head_width // 4) == 0:
             counts = [count for count in range(1, hidden // 2 + 1) if hidden % (2 * count) == 0]
             yield hidden, min(counts, key=lambda count: abs(math.log(hidden / count / head_width)))
 

@@ -5,6 +5,7 @@ Numbers only, checked by type and range: nothing in the file can name code, and 
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -13,8 +14,9 @@ from pydantic import Field, ValidationError
 
 from dist_llm.config.base import Section
 from dist_llm.config.wording import describe_error
-from dist_llm.errors import ConfigError, StorageError
-from dist_llm.planner.laws import Constants, ParametricLaw
+from dist_llm.errors import ConfigError, StorageError, Violation
+from dist_llm.planner.laws import Constants, Law, ParametricLaw
+from dist_llm.planner.published_laws import PUBLISHED
 from dist_llm.planner.trust import Fit
 
 MAX_BYTES = 2**16
@@ -133,6 +135,17 @@ def read_law(path: Path) -> ParametricLaw:
         return LawFile.model_validate(tree).law()
     except ValidationError as error:
         raise _refusal(error, str(path)) from error
+
+
+def find_law(name: str, key: str = "law") -> Law:
+    """Return a published law by name, or the law in a file (*.json). Raises ConfigError naming the setting `key`."""
+    if name in PUBLISHED:
+        return PUBLISHED[name]
+    if Path(name).suffix != ".json":
+        rule = "is neither a published law nor a law file (*.json)"
+        near = difflib.get_close_matches(name, PUBLISHED, n=1)
+        raise ConfigError([Violation(key, name, rule, tuple(near or PUBLISHED))])
+    return read_law(Path(name))
 
 
 def _refusal(error: ValidationError, origin: str) -> ConfigError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,8 +39,7 @@ def draw_fit(fit: Fit, held_out: Sequence[Prediction] = ()) -> bytes:
     """Return a PNG: the fitted curves and runs over tokens, and the errors of the law for runs seen and not seen."""
     figure, (curves, errors) = _figure(2)
     shown = [*fit.runs, *(prediction.run for prediction in held_out)]
-    sizes = sorted({run.num_params for run in shown})
-    few = sizes[:: max(1, math.ceil(len(sizes) / 8))]
+    few = _few_sizes([run.num_params for run in shown])
     least, most = min(run.tokens for run in shown), max(run.tokens for run in shown)
     for size, colour in zip(few, _shades(len(few)), strict=True):
         tokens = [least * (most / least) ** (index / _POINTS) for index in range(_POINTS + 1)]
@@ -62,6 +60,14 @@ def draw_fit(fit: Fit, held_out: Sequence[Prediction] = ()) -> bytes:
     errors.set_xscale("log")
     _label(errors, "training FLOPs, 6 N D", "predicted over measured loss - 1, %", "errors; crosses were not fitted")
     return _png(figure)
+
+
+def _few_sizes(sizes: Sequence[float]) -> list[float]:
+    """Return the sizes that curves are drawn for: all, or six evenly between the least and the largest."""
+    distinct = sorted(set(sizes))
+    if len(distinct) <= 8:
+        return distinct
+    return [distinct[0] * (distinct[-1] / distinct[0]) ** (index / 5) for index in range(6)]
 
 
 def _bar(axis: Any, place: float, prediction: Prediction, scale: float | None) -> None:

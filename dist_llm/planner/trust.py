@@ -91,13 +91,14 @@ class Fit:
         assert interval is not None
         return Prediction(run, self.law.loss(run.num_params, run.tokens), interval)
 
+    def constant_interval(self, name: str) -> Interval:
+        """Return percentiles 2.5 and 97.5 of a constant over the resamples."""
+        return _middle_95([getattr(law.constants, name) for law in self.resampled])
+
     def optimal(self, flops: float) -> Optimum:
         """Return the law's optimum with intervals between percentiles 2.5 and 97.5 over the resamples."""
         found = self.law.optimal(flops)
-        params = sorted(law.optimal(flops).num_params for law in self.resampled if _has_optimum(law))
-        if not params:
-            return found
-        low, high = params[int(0.025 * len(params))], params[min(len(params) - 1, int(0.975 * len(params)))]
+        low, high = _middle_95([law.optimal(flops).num_params for law in self.resampled])
         return replace(found, num_params_interval=(low, high), tokens_interval=(flops / 6 / high, flops / 6 / low))
 
 
@@ -205,8 +206,10 @@ def _left_out_error(runs: tuple[Run, ...], delta: float, prior: Prior | None) ->
     return sum(errors) / len(errors)
 
 
-def _has_optimum(law: ParametricLaw) -> bool:
-    return law.constants.alpha > 0.01 and law.constants.beta > 0.01
+def _middle_95(values: list[float]) -> Interval:
+    """Return percentiles 2.5 and 97.5."""
+    ordered = sorted(values)
+    return ordered[int(0.025 * len(ordered))], ordered[min(len(ordered) - 1, int(0.975 * len(ordered)))]
 
 
 def _range(runs: tuple[Run, ...], attribute: str) -> Interval:
