@@ -1,0 +1,95 @@
+"""`dist-llm plan ladder`: the small runs that a scaling law is fitted to, as configs, scripts and a multirun."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dist_llm.cli.parse import Answer, Command, add_config, add_json, compose_arguments, load_config
+from dist_llm.errors import ConfigError, Violation
+
+if TYPE_CHECKING:
+    from dist_llm.planner.ladder import LadderRun
+
+_EPILOG = """\
+Every run is the config with another size, length, batch and learning rate. Sizes lie on either side of what the 2024
+refit (or --law) thinks best for the budget; with --isoflop there are few budgets and at least five sizes at each.
+--write DIR writes a config a run (DIR/configs/), a script (run.sh), a SLURM array (array.sbatch) and a Hydra multirun
+(sweep.yaml). Afterwards: dist-llm plan fit runs/NAME-ladder-*."""
+
+MOST_RUNS = 1000
+
+
+def add_ladder_arguments(parser: argparse.ArgumentParser) -> None:
+    """Take a config, budgets and the number of runs."""
+    parser.epilog = _EPILOG
+    add_config(parser)
+    parser.add_argument("--flops", required=True, metavar="LOW:HIGH", help="budgets of the least and the largest run")
+    parser.add_argument("--runs", type=int, default=12, metavar="N", help="how many runs (12)")
+    parser.add_argument("--isoflop", action="store_true", help="a few budgets with several sizes each")
+    parser.add_argument("--law", default="besiroglu", metavar="LAW", help="a published law or a law file (besiroglu)")
+    parser.add_argument("--write", type=Path, metavar="DIR", help="write the runs' files into DIR")
+    add_json(parser)
+
+
+def ladder(arguments: argparse.Namespace) -> Answer:
+    """Plan the runs and write their files."""
+    from dist_llm.planner.ladder import plan_ladder
+    from dist_llm.planner.ladder_files import write_ladder
+    from dist_llm.planner.law_file import find_law
+
+    budgets = _budgets(arguments.flops)
+    if not 2 <= arguments.runs <= MOST_RUNS:
+        raise ConfigError([Violation("--runs", arguments.runs, f"must be from 2 to {MOST_RUNS}")])
+    composed = compose_arguments(arguments)
+    config = load_config(composed, None)
+    ranks = config.launcher.nproc * config.launcher.nodes
+    runs = plan_ladder(config, ranks, find_law(arguments.law, "--law"), budgets, arguments.runs, arguments.isoflop)
+    data: dict[str, object] = {"runs": [_as_data(run) for run in runs], "flops": sum(run.flops for run in runs)}
+    lines = [
+        f"{len(runs)} runs, {sum(run.flops for run in runs):.3g} FLOPs in all",
+        f"{'run':<28}{'FLOPs':>10}{'parameters':>14}{'tokens':>14}{'steps':>8}{'batch':>7}{'lr':>10}  shape",
+        *(_row(run) for run in runs),
+    ]
+    if arguments.write is not None:
+        written = write_ladder(runs, arguments.write)
+        data["files"] = [str(path) for path in written]
+        lines.append(f"{len(written)} files written; start them: sh {arguments.write / 'run.sh'}")
+    return Answer("\n".join(lines), data)
+
+
+def _budgets(text: str) -> tuple[float, float]:
+    """Return the budgets of --flops."""
+    low, _, high = text.partition(":")
+    try:
+        found = (float(low), float(high or low))
+    except ValueError:
+        found = (math.nan, math.nan)
+    if not (0 < found[0] <= found[1] < 1e40):
+        rule = "must be two budgets in FLOPs, the lower first"
+        raise ConfigError([Violation("--flops", text, rule, ("1e13:1e15",))])
+    return found
+
+
+def _as_data(run: LadderRun) -> dict[str, object]:
+    return {
+        "name": run.name,
+        "flops": run.flops,
+        "num_params": run.num_params,
+        "tokens": run.tokens,
+        "overrides": run.overrides,
+    }
+
+
+def _row(run: LadderRun) -> str:
+    config = run.config
+    shape = f"{config.model.num_layers} x {config.model.hidden_size}, {config.model.num_heads} heads"
+    return (
+        f"{run.name:<28}{run.flops:>10.3g}{run.num_params:>14,}{run.tokens:>14,}{config.run.steps:>8}"
+        f"{config.data.global_batch:>7}{config.optimizer.lr:>10.2g}  {shape}"
+    )
+
+
+LADDER = Command("small runs to fit a scaling law to, as configs, scripts and a multirun", add_ladder_arguments, ladder)

@@ -1,0 +1,221 @@
+"""A law fitted to one's own runs, and how far it may be trusted.
+
+Constants vary over resamples of the runs (bootstrap, Efron 1979); each run is predicted from all others; and the runs
+of most compute are predicted from the rest. Where those lie further off than resamples and scatter say, intervals of
+predictions are widened by as much. Resamples are drawn from a seed: the same runs give the same law.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from dist_llm.planner.fitting import (
+    DELTA,
+    PUBLISHED_PRIOR,
+    Prior,
+    Problem,
+    Run,
+    Solution,
+    solve,
+    solve_weighted,
+)
+from dist_llm.planner.laws import NORMAL_95, Covariance, Interval, Optimum, ParametricLaw
+
+if TYPE_CHECKING:
+    from dist_llm.planner.fitting import Array
+
+FEWEST_RUNS = 6
+"""One more than there are constants."""
+RUNS_THAT_NEED_NO_PRIOR = 100
+"""With fewer runs a fit leans on the published exponents unless told otherwise."""
+RESAMPLES = 400
+LARGEST_SHARE = 0.25
+"""Share of the runs, those of most compute, that are predicted from the rest."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A run's loss as a fit that did not see it says, in nats a token, and as it was."""
+
+    run: Run
+    loss: float
+    interval: Interval
+
+    @property
+    def error(self) -> float:
+        """Predicted over measured loss, less one."""
+        return self.loss / self.run.loss - 1
+
+    @property
+    def contained(self) -> bool:
+        """Whether the measured loss lies in the interval."""
+        return self.interval[0] <= self.run.loss <= self.interval[1]
+
+
+@dataclass(frozen=True)
+class Trust:
+    """Where the runs lie, and how well runs that a fit did not see were predicted."""
+
+    num_params: Interval
+    tokens: Interval
+    flops: Interval
+    left_out_error: float
+    largest_runs: tuple[Prediction, ...]
+    largest_runs_reach: float
+    """Greatest compute among the largest runs over the greatest among the rest."""
+
+    @property
+    def largest_runs_error(self) -> float:
+        """Mean absolute relative error of the largest runs predicted from the rest."""
+        errors = [abs(prediction.error) for prediction in self.largest_runs]
+        return sum(errors) / len(errors) if errors else math.nan
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted law, the runs, and what is known of its worth."""
+
+    law: ParametricLaw
+    runs: tuple[Run, ...]
+    huber_sum: float
+    prior: Prior | None
+    trust: Trust
+    resampled: tuple[ParametricLaw, ...]
+
+    def predict(self, run: Run) -> Prediction:
+        """Return what the law says of a run that it was not fitted to."""
+        interval = self.law.loss_interval(run.num_params, run.tokens)
+        assert interval is not None
+        return Prediction(run, self.law.loss(run.num_params, run.tokens), interval)
+
+    def constant_interval(self, name: str) -> Interval:
+        """Return percentiles 2.5 and 97.5 of a constant over the resamples."""
+        return _middle_95([getattr(law.constants, name) for law in self.resampled])
+
+    def optimal(self, flops: float) -> Optimum:
+        """Return the law's optimum with intervals between percentiles 2.5 and 97.5 over the resamples."""
+        found = self.law.optimal(flops)
+        low, high = _middle_95([law.optimal(flops).num_params for law in self.resampled])
+        return replace(found, num_params_interval=(low, high), tokens_interval=(flops / 6 / high, flops / 6 / low))
+
+
+def usual_prior(num_runs: int) -> Prior | None:
+    """Return the prior on exponents that a fit to so many runs takes unless told otherwise."""
+    return PUBLISHED_PRIOR if num_runs < RUNS_THAT_NEED_NO_PRIOR else None
+
+
+def fit_law(
+    runs: Sequence[Run],
+    name: str = "own",
+    delta: float = DELTA,
+    prior: Prior | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Fit:
+    """Return the law of at least FEWEST_RUNS runs with its intervals and trust; the same for the same seed."""
+    runs = tuple(runs)
+    law, solution, resampled = _fit_once(runs, name, delta, prior, resamples, seed)
+    largest, reach = _predict_largest(runs, delta, prior, resamples, seed)
+    wider = [prediction_error(prediction) for prediction in largest]
+    widening = max(1.0, math.sqrt(sum(z * z for z in wider) / len(wider))) if wider else 1.0
+    trust = Trust(
+        _range(runs, "num_params"),
+        _range(runs, "tokens"),
+        _range(runs, "flops"),
+        _left_out_error(runs, delta, prior),
+        tuple(largest),
+        reach,
+    )
+    law = replace(law, widening=widening)
+    return Fit(law, runs, solution.huber_sum, prior, trust, resampled)
+
+
+def prediction_error(prediction: Prediction) -> float:
+    """Return how many standard errors of the prediction the measured loss lies off."""
+    low, high = prediction.interval
+    return abs(math.log(prediction.loss / prediction.run.loss)) / (math.log(high / low) / (2 * NORMAL_95))
+
+
+def _fit_once(
+    runs: tuple[Run, ...], name: str, delta: float, prior: Prior | None, resamples: int, seed: int
+) -> tuple[ParametricLaw, Solution, tuple[ParametricLaw, ...]]:
+    """Return the law, its solution, and laws of resampled runs."""
+    import numpy as np
+
+    problem = Problem(runs, delta, prior)
+    best, solution = solve(problem)
+    weights = _resampled_weights(len(runs), resamples, seed)
+    resampled = [problem.constants(q) for q in solve_weighted(problem, best, weights)]
+    covariance = np.cov(np.array([constants.logs() for constants in resampled]).T)
+    residuals, _ = problem.residuals(best)
+    scatter = math.sqrt(float(residuals @ residuals) / max(1, len(runs) - 5))
+    law = ParametricLaw(
+        name,
+        f"fitted to {len(runs)} runs",
+        solution.constants,
+        _as_tuples(covariance),
+        scatter,
+        fitted_flops=_range(runs, "flops"),
+    )
+    return law, solution, tuple(ParametricLaw(name, law.citation, constants) for constants in resampled)
+
+
+def _resampled_weights(num_runs: int, resamples: int, seed: int) -> Array:
+    """Return how often each run is drawn in each resample [resamples, runs]; each has FEWEST_RUNS - 1 at least."""
+    import numpy as np
+
+    generator = np.random.default_rng(seed)
+    rows: list[Array] = []
+    while len(rows) < resamples:
+        drawn = np.bincount(generator.integers(0, num_runs, num_runs), minlength=num_runs).astype(float)
+        if np.count_nonzero(drawn) >= FEWEST_RUNS - 1:
+            rows.append(drawn)
+    return np.stack(rows)
+
+
+def _predict_largest(
+    runs: tuple[Run, ...], delta: float, prior: Prior | None, resamples: int, seed: int
+) -> tuple[list[Prediction], float]:
+    """Predict the runs of most compute from the rest; nothing where the rest would be too few."""
+    ordered = sorted(runs, key=lambda run: run.flops)
+    count = max(1, round(LARGEST_SHARE * len(runs)))
+    rest, largest = tuple(ordered[:-count]), ordered[-count:]
+    if len(rest) <= FEWEST_RUNS:
+        return [], math.nan
+    law, _, _ = _fit_once(rest, "rest", delta, prior, resamples, seed)
+    found = []
+    for run in largest:
+        interval = law.loss_interval(run.num_params, run.tokens)
+        assert interval is not None
+        found.append(Prediction(run, law.loss(run.num_params, run.tokens), interval))
+    return found, largest[-1].flops / rest[-1].flops
+
+
+def _left_out_error(runs: tuple[Run, ...], delta: float, prior: Prior | None) -> float:
+    """Return the mean absolute relative error of each run predicted from all others."""
+    import numpy as np
+
+    problem = Problem(runs, delta, prior)
+    best, _ = solve(problem)
+    found = solve_weighted(problem, best, 1 - np.eye(len(runs)))
+    laws = [problem.constants(q) for q in found]
+    errors = [abs(law.loss(run.num_params, run.tokens) / run.loss - 1) for law, run in zip(laws, runs, strict=True)]
+    return sum(errors) / len(errors)
+
+
+def _middle_95(values: list[float]) -> Interval:
+    """Return percentiles 2.5 and 97.5."""
+    ordered = sorted(values)
+    return ordered[int(0.025 * len(ordered))], ordered[min(len(ordered) - 1, int(0.975 * len(ordered)))]
+
+
+def _range(runs: tuple[Run, ...], attribute: str) -> Interval:
+    values = [float(getattr(run, attribute)) for run in runs]
+    return min(values), max(values)
+
+
+def _as_tuples(matrix: Array) -> Covariance:
+    return tuple(tuple(float(entry) for entry in row) for row in matrix)
