@@ -54,7 +54,4 @@ def activation_seconds(device: Device, shape: Shape, tokens: float, inner: float
 
 def accumulation_seconds(device: Device, shape: Shape, weights: float) -> float:
     """Return the seconds of adding gradients of `weights` elements to their sums over microbatches."""
-    if not shape.accumulates:
-        return 0.0
-    read = 0 if shape.fused_accumulation else shape.width
-    return device.moved(weights * (read + 2 * shape.master_width), 0 if shape.fused_accumulation else 4)
+    return device.moved(weights * shape.sum_bytes, 0)

@@ -13,7 +13,7 @@ class Shape:
     """One microbatch of one rank: sizes of the model, of its split, and how attention and recompute go about it.
 
     tokens: of a context rank. written: whether scores go to memory. again: operators that a backward runs again, or
-    all of a block where `full`.
+    all of a block where `full`. sum_bytes: moved to add a gradient to its sum.
     """
 
     microbatch: int
@@ -43,8 +43,7 @@ class Shape:
     again: tuple[str, ...]
     width: int
     master_width: int
-    accumulates: bool
-    fused_accumulation: bool
+    sum_bytes: int
     compiled: bool
 
     @property
@@ -69,6 +68,18 @@ def writes_scores(config: RunConfig) -> bool:
     if config.cluster.practice == "native":
         return False
     return parallel.recompute != "none" and parallel.zero < 3
+
+
+def _sum_bytes(config: RunConfig) -> int:
+    """Return the bytes that adding a gradient to its sum over microbatches moves: it is read, the sum read and written.
+
+    Fused, the product writes the sum itself. Megatron of 2021-23 sums fp16 in fp16, and fuses other formats' sums.
+    """
+    width, master = FORMAT_BYTES[config.precision.compute], FORMAT_BYTES[config.precision.master]
+    megatron = config.cluster.practice == "megatron" and config.parallel.zero < 3
+    if megatron and config.precision.compute == "fp16":
+        return 3 * width
+    return 2 * master if megatron or config.parallel.fused_accumulation else width + 2 * master
 
 
 def shape_of(config: RunConfig, microbatches: int) -> Shape:
@@ -104,7 +115,6 @@ def shape_of(config: RunConfig, microbatches: int) -> Shape:
         again=again,
         width=FORMAT_BYTES[config.precision.compute],
         master_width=FORMAT_BYTES[config.precision.master],
-        accumulates=microbatches > 1,
-        fused_accumulation=parallel.fused_accumulation,
+        sum_bytes=_sum_bytes(config) if microbatches > 1 else 0,
         compiled=parallel.compile,
     )

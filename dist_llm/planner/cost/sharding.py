@@ -89,14 +89,15 @@ def exchange_seconds(fabric: Fabric, exchange: Exchange, held: Held, cover: Cove
         reduce += gather_seconds(fabric, near, numel * exchange.master_width)
         once += all_reduce_seconds(fabric, far, numel / shards * exchange.master_width)
     count, last = cover.microbatches, 1 / max(1, held.units)
+    ends = last * (gather + reduce + once)
     if exchange.zero == 3:
-        ahead = _left(gather, cover.forward) + _left(gather + reduce, cover.backward)
-        return count * ahead + last * (gather + reduce) + once
-    if not exchange.hides:
-        return gather + reduce * (count if exchange.zero == 2 else 1) + once
+        each = _left(gather, cover.forward) + _left(gather + reduce, cover.backward)
+        return count * each + _left(once, max(0.0, cover.backward - gather - reduce)) + ends
     often = count if exchange.zero == 2 else 1
+    if not exchange.hides:
+        return gather + reduce * often + once
     beside = often * _left(reduce, cover.backward) + _left(once, max(0.0, cover.backward - reduce))
-    return beside + _left(gather, cover.forward) + last * (gather + reduce + once)
+    return beside + _left(gather, cover.forward) + ends
 
 
 def _left(traffic: float, computation: float) -> float:

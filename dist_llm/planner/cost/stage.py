@@ -2,7 +2,7 @@
 
     a pass takes the longer of the device's time and the host's time to issue it (on a CPU, their sum)
 
-Near each other, neither hides all of the other: their 6-norm.
+Near each other, neither hides all of the other: their 4-norm.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dist_llm.planner.cost.matmul import matmul_seconds
 from dist_llm.planner.cost.seconds import Passes, Seconds
 from dist_llm.planner.cost.shape import Shape
 
-_NORM = 6.0
+_NORM = 4.0
 _LOSS_BYTES = 20
 """Bytes that the loss moves for each logit and pass: cast to fp32, its maximum, exponentials and their sum."""
 
