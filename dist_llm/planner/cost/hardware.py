@@ -12,9 +12,6 @@ from functools import lru_cache
 from dist_llm.accounting.memory import FORMAT_BYTES
 from dist_llm.config.cluster import ClusterConfig
 
-NETWORK_EFFICIENCY = 0.8
-"""Part of a network's line rate that large messages reach (nccl-tests over 4 nodes: 0.8 to 0.95, ml-engineering)."""
-
 
 @dataclass(frozen=True)
 class Device:
@@ -74,6 +71,6 @@ def fabric_of(cluster: ClusterConfig, ranks_per_node: int) -> Fabric:
         link_bytes=cluster.link_gb_per_second * 1e9,
         link_seconds=cluster.link_microseconds * 1e-6,
         in_switch=cluster.reduces_in_switch,
-        network_bytes=cluster.network_gbit_per_second * 1e9 / 8 * NETWORK_EFFICIENCY,
+        network_bytes=cluster.network_gbit_per_second * 1e9 / 8,
         network_seconds=cluster.network_microseconds * 1e-6,
     )

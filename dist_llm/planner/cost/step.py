@@ -167,7 +167,8 @@ def _hop(plan: _Plan) -> float:
     if parallel.pipeline == 1 or not crosses(0, parallel.pipeline, parallel.schedule):
         return 0.0
     stride = parallel.tensor * parallel.context * plan.data
-    payload = plan.shape.hidden_bytes / plan.shape.spread
+    spread = parallel.tensor if plan.config.cluster.practice == "megatron" else plan.shape.spread
+    payload = plan.shape.hidden_bytes / spread
     return send_seconds(plan.fabric, stride * parallel.pipeline > plan.fabric.devices_per_node, payload)
 
 
