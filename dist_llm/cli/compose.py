@@ -33,6 +33,12 @@ EXPERIMENT = "experiment"
 MAX_OVERRIDE = 4096
 MOST_SHOWN = 6
 
+_REFUSED = object()
+"""Stands for the value of an override that has none."""
+
+_FORMER = {"cluster": {"h200-sxm": "h200", "b200-sxm": "b200"}}
+"""What presets were called before."""
+
 _KEY = re.compile(r"(?:\+\+?)?([A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*)", re.ASCII)
 
 
@@ -64,7 +70,7 @@ def compose_partly(overrides: Sequence[str], config_file: Path | None = None) ->
     composed = Composed({})
     presets = list_presets()
     choices: dict[str, str] = {}
-    values: list[tuple[str, str, str]] = []
+    values: list[tuple[str, str]] = []
     for text in overrides:
         split = _split(text, composed)
         if split is None:
@@ -73,15 +79,15 @@ def compose_partly(overrides: Sequence[str], config_file: Path | None = None) ->
         if key in presets:
             _choose(key, raw, presets[key], choices, composed)
         else:
-            values.append((key, raw, text))
+            values.append((key, raw))
     if config_file is None:
         composed.tree = _compose_presets(choices)
     else:
         composed.tree = read_document(config_file)
         _replace_sections(choices, config_file, composed)
     parser = OverridesParser.create()
-    for key, raw, text in values:
-        _assign(key, raw, text, parser, composed)
+    for key, raw in values:
+        _assign(key, raw, parser, composed)
     return composed
 
 
@@ -96,11 +102,9 @@ def compose_request(overrides: Sequence[str]) -> Composed:
     values: list[tuple[str, str, str]] = []
     for text in overrides:
         split = _split(text, composed)
-        if split is None:
-            continue
-        if split[0] in ("cluster", "model"):
+        if split is not None and split[0] in ("cluster", "model"):
             _choose(*split, presets[split[0]], choices, composed)
-        else:
+        elif split is not None:
             values.append((*split, text))
     sections = _compose_presets(choices)
     composed.tree = {"cluster": sections["cluster"]}
@@ -111,6 +115,30 @@ def compose_request(overrides: Sequence[str]) -> Composed:
         chosen = "model" in choices and key.startswith("model.")
         _assign(f"preset.{key.removeprefix('model.')}" if chosen else key, raw, text, parser, composed)
     return composed
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return overrides by key with typed values, groups' choices as text. Raises ConfigError with all that is wrong."""
+    composed = Composed({})
+    presets = list_presets()
+    parser = OverridesParser.create()
+    found: dict[str, Any] = {}
+    for text in overrides:
+        split = _split(text, composed)
+        if split is None:
+            continue
+        key, raw = split
+        if key in presets:
+            chosen: dict[str, str] = {}
+            _choose(key, raw, presets[key], chosen, composed)
+            found.update(chosen)
+            continue
+        value = _value(key, raw, parser, composed)
+        if value is not _REFUSED:
+            found[key] = value
+    if composed.violations:
+        raise ConfigError(composed.violations)
+    return found
 
 
 def preset_folder() -> Path:
@@ -147,6 +175,7 @@ def _split(text: str, composed: Composed) -> tuple[str, str] | None:
 def _choose(group: str, raw: str, presets: tuple[str, ...], choices: dict[str, str], composed: Composed) -> None:
     """Note the preset that an override chooses for a group, or that there is no such preset."""
     name = raw[1:-1] if len(raw) > 1 and raw[0] == raw[-1] and raw[0] in "'\"" else raw
+    name = _FORMER.get(group, {}).get(name, name)
     if name in presets:
         choices[group] = name
     elif group == EXPERIMENT and name in ("null", ""):
@@ -183,20 +212,10 @@ def _replace_sections(choices: dict[str, str], config_file: Path, composed: Comp
         composed.tree.update({group: chosen[group] for group in choices})
 
 
-def _assign(key: str, raw: str, text: str, parser: OverridesParser, composed: Composed) -> None:
+def _assign(key: str, raw: str, parser: OverridesParser, composed: Composed) -> None:
     """Set a key of the tree to the value of an override, or note why not."""
-    if "${" in raw:
-        words = "is refused: a config has no interpolation, write the value itself"
-        composed.refuse(Violation(key, shown(raw), words), key)
-        return
-    try:
-        value = _parse(key, raw, parser)
-    except (HydraException, ValueError, RecursionError):
-        words = "cannot be parsed: quote text with special characters, as in key='\"a, b\"'"
-        composed.refuse(Violation(key, shown(raw), words), key)
-        return
-    if isinstance(value, Override):
-        composed.refuse(Violation(key, shown(raw), "is a sweep: start one run a value (a list is [a,b])"), key)
+    value = _value(key, raw, parser, composed)
+    if value is _REFUSED:
         return
     node: Any = composed.tree
     *sections, name = key.split(".")
@@ -210,6 +229,24 @@ def _assign(key: str, raw: str, text: str, parser: OverridesParser, composed: Co
         node[name] = {**node[name], **value}
     else:
         node[name] = value
+
+
+def _value(key: str, raw: str, parser: OverridesParser, composed: Composed) -> Any:
+    """Return the value of an override, or note why it has none and return `_REFUSED`."""
+    if "${" in raw:
+        words = "is refused: a config has no interpolation, write the value itself"
+        composed.refuse(Violation(key, shown(raw), words), key)
+        return _REFUSED
+    try:
+        value = _parse(key, raw, parser)
+    except (HydraException, ValueError, RecursionError):
+        words = "cannot be parsed: quote text with special characters, as in key='\"a, b\"'"
+        composed.refuse(Violation(key, shown(raw), words), key)
+        return _REFUSED
+    if isinstance(value, Override):
+        composed.refuse(Violation(key, shown(raw), "is a sweep: start one run a value (a list is [a,b])"), key)
+        return _REFUSED
+    return value
 
 
 def _parse(key: str, raw: str, parser: OverridesParser) -> Any:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from dist_llm.cli.dry_run import DRY_RUN
 from dist_llm.cli.parse import Answer, Command, add_config, add_json, compose_arguments
+from dist_llm.cli.plan_predict import PREDICT
 from dist_llm.errors import ConfigError, ExitCode, StorageError, Violation
 
 if TYPE_CHECKING:
@@ -123,4 +124,5 @@ def _trace(config: RunConfig, ranks: int, path: Path) -> dict[str, object]:
 COMMANDS = {
     "layouts": Command("the legal layouts on so many ranks; a schedule as a picture", add_layouts_arguments, layouts),
     "dry-run": DRY_RUN,
+    "predict": PREDICT,
 }

@@ -1,4 +1,4 @@
-"""What surrounds the steps: run identity, checkpoints, telemetry, engine, launcher and cluster."""
+"""What surrounds the steps: run identity, checkpoints, telemetry, engine and launcher."""
 
 from __future__ import annotations
 
@@ -100,33 +100,3 @@ class LauncherConfig(Section):
     """Intra-op CPU threads of a rank; null: the node's usable cores / its ranks, at least 1."""
     timeout_seconds: float = Field(600.0, gt=0, le=10**7)
     """Time after which a collective, or the meeting of the ranks, fails, in seconds."""
-
-
-class PeakTflops(Section):
-    """Dense peak of one device by compute format, in TFLOP/s (no structured sparsity)."""
-
-    fp32: float = Field(gt=0)
-    """Peak in fp32, without TF32, in TFLOP/s."""
-    bf16: float = Field(gt=0)
-    """Peak in bf16, in TFLOP/s."""
-    fp16: float = Field(gt=0)
-    """Peak in fp16, in TFLOP/s."""
-    fp64: float = Field(gt=0)
-    """Peak in fp64, in TFLOP/s."""
-
-
-class ClusterConfig(Section):
-    """The hardware, by which MFU is reckoned; for a CPU box a device is a core."""
-
-    name: str
-    """Name of the hardware, kept with the run."""
-    device: Literal["cpu", "cuda"]
-    """Kind of device; a run on another kind has no MFU."""
-    devices_per_node: Count | None
-    """Devices of a node; null: its usable cores. MFU counts these on CPU, and one device a rank on CUDA."""
-    peak_tflops: PeakTflops
-    """Dense peak of one device by compute format, in TFLOP/s; that of precision.name is the divisor of MFU."""
-    memory_gib: float = Field(gt=0)
-    """Memory of one device, in GiB; kept with the run, nothing is limited by it."""
-    source: str
-    """Where these numbers come from."""

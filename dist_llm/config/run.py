@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 from dist_llm.config.base import Section
+from dist_llm.config.cluster import ClusterConfig
 from dist_llm.config.inputs import DataConfig, TokenizerConfig
 from dist_llm.config.model import ModelConfig
 from dist_llm.config.operations import (
     CheckpointConfig,
-    ClusterConfig,
     EngineConfig,
     LauncherConfig,
     RunSection,

@@ -1,0 +1,163 @@
+"""A row of settings, as JSON gives it, to a config and its ranks: as overrides do, thousands a minute.
+
+    presets of the row's groups (composed once for each set of choices) < what a row leaves out < dotted keys, as typed
+
+What a row leaves out, where it gives sizes of a model without a preset: the options of `model.family` (gpt2 unless
+given), and of the sizes feed-forward 4 h (llama: 8/3 h, up to a multiple of 256), heads of 128 (64 where that does not
+divide), 51,200 tokens, positions for data.seq_len. On a CUDA cluster precision is bf16; chunks of a pipeline
+rank are interleaved. Ranks: the product of parallel's axes, data from the launcher or the cluster's nodes if left out.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from dist_llm.cli.compose import compose, list_presets
+from dist_llm.config.checks import RULES
+from dist_llm.config.decode import decode_partly
+from dist_llm.config.legal import legal_values
+from dist_llm.config.rule import value_at
+from dist_llm.config.run import RunConfig
+from dist_llm.config.wording import shown
+from dist_llm.errors import ConfigError, Violation
+
+Tree = dict[str, Any]
+
+_FAMILIES = {"gpt2": "gpt2-124m", "llama": "llama2-7b"}
+"""The preset whose options a family has."""
+
+_SIZES = ("num_layers", "hidden_size")
+_VOCAB = 51200
+
+_OF_THIS_MACHINE = frozenset(
+    {"launcher_is_built", "local_launcher_has_one_node", "engine_is_installed", "wandb_is_installed"}
+)
+"""Rules that say what can run here and now, which a prediction does not ask."""
+
+_UNFILLED = ("microbatches_fill_pipeline", ("gpipe", "1f1b"))
+"""A rule of torch's schedules, and those of them whose time is plain without it: published runs have broken it."""
+
+
+def read_row(overrides: Mapping[str, object]) -> tuple[RunConfig, int]:
+    """Return the config of a row and its number of ranks. Raises ConfigError with all that is wrong."""
+    groups = _groups()
+    choices = {key: value for key, value in overrides.items() if key in groups and isinstance(value, str)}
+    settings = {key.lstrip("+"): value for key, value in overrides.items() if key not in choices}
+    base = _base(tuple(sorted((group, str(name)) for group, name in choices.items())))
+    tree: Tree = {section: dict(held) if isinstance(held, dict) else held for section, held in base.items()}
+    violations = [violation for key, value in settings.items() for violation in _assign(tree, key, value)]
+    if "model" not in choices and "experiment" not in choices and any(f"model.{name}" in settings for name in _SIZES):
+        tree["model"] = _sized_model(tree, settings)
+    _complete(tree, settings, choices)
+    decoded = decode_partly(tree)
+    if problems := [*violations, *decoded.violations]:
+        raise ConfigError(problems)
+    ranks = ranks_of(decoded.config, settings)
+    if broken := check_plan(decoded.config, ranks):
+        raise ConfigError(broken)
+    return decoded.config, ranks
+
+
+def check_plan(config: RunConfig, ranks: int) -> list[Violation]:
+    """Return every rule that a run of the config breaks on `ranks` ranks, wherever it is run."""
+    unasked = {*_OF_THIS_MACHINE, *(_UNFILLED[:1] if config.parallel.schedule in _UNFILLED[1] else ())}
+    rules = [rule for rule in RULES if rule.name not in unasked]
+    return [
+        Violation(
+            slip.key,
+            shown(value_at(config, ranks, slip.key)),
+            slip.words,
+            legal_values(slip, rule, rules, config, ranks),
+        )
+        for rule in rules
+        for slip in rule(config, ranks)
+    ]
+
+
+def ranks_of(config: RunConfig, settings: Mapping[str, object]) -> int:
+    """Return the ranks of a config: its axes' product, with data from the launcher's or the cluster's nodes, or 1."""
+    parallel, cluster, launcher = config.parallel, config.cluster, config.launcher
+    if parallel.data is not None:
+        return parallel.data * parallel.model_ranks
+    if "launcher.nproc" in settings or "launcher.nodes" in settings:
+        each = launcher.nproc if "launcher.nproc" in settings else cluster.devices_per_node or launcher.nproc
+        return each * launcher.nodes
+    if cluster.nodes is not None and cluster.devices_per_node is not None:
+        return cluster.nodes * cluster.devices_per_node
+    return parallel.model_ranks
+
+
+@lru_cache(maxsize=1)
+def _groups() -> frozenset[str]:
+    return frozenset(list_presets())
+
+
+@lru_cache(maxsize=256)
+def _base(choices: tuple[tuple[str, str], ...]) -> Tree:
+    """Return what Hydra composes of presets; not to be changed."""
+    return compose([f"{group}={name}" for group, name in choices])
+
+
+@lru_cache(maxsize=8)
+def _family(name: str) -> Tree:
+    """Return the model section of a family's preset; not to be changed."""
+    options: Tree = _base((("model", _FAMILIES[name]),))["model"]
+    return options
+
+
+def _assign(tree: Tree, key: str, value: object) -> list[Violation]:
+    """Set a dotted key of the tree; sections on the way are copied, for they are shared."""
+    *sections, name = key.split(".")
+    node = tree
+    for section in sections:
+        inner = node.get(section, {})
+        if not isinstance(inner, dict):
+            return [Violation(key, shown(value), f"is inside {section}, which is no section")]
+        node[section] = inner = dict(inner)
+        node = inner
+    if isinstance(value, dict) and isinstance(node.get(name), dict):
+        value = {**node[name], **value}
+    node[name] = copy.deepcopy(value)
+    return []
+
+
+def _sized_model(tree: Tree, settings: Mapping[str, object]) -> Tree:
+    """Return the model of a row that gives sizes: a family's options, and what follows from the sizes."""
+    family = settings.get("model.family", "gpt2")
+    given = {key.removeprefix("model."): value for key, value in settings.items() if key.startswith("model.")}
+    if family not in _FAMILIES:
+        model: Tree = tree["model"]
+        return model
+    model = {**_family(str(family)), "num_kv_heads": None, "vocab_size": _VOCAB}
+    parallel, engine = tree.get("parallel") or {}, tree.get("engine") or {}
+    if parallel.get("context", 1) != 1 or engine.get("name") != "native":
+        model |= {"dropout": 0.0, "attention_dropout": 0.0}
+    hidden = given.get("hidden_size", model["hidden_size"])
+    if isinstance(hidden, int) and hidden > 0:
+        model["ffn_hidden_size"] = 4 * hidden if family == "gpt2" else -(-8 * hidden // 3 // 256) * 256
+        model["num_heads"] = next((hidden // width for width in (128, 64) if hidden % width == 0), 1)
+    length = settings.get("data.seq_len", tree["data"]["seq_len"])
+    model["max_seq_len"] = length if isinstance(length, int) else model["max_seq_len"]
+    holder: Tree = {"model": model}
+    for name, value in given.items():
+        _assign(holder, f"model.{name}", value)
+    sized: Tree = holder["model"]
+    return sized
+
+
+def _complete(tree: Tree, settings: Mapping[str, object], choices: Mapping[str, object]) -> None:
+    """Fill in what a row leaves out beside the model: precision on CUDA, the schedule of several chunks."""
+    cluster, parallel = tree.get("cluster"), tree.get("parallel")
+    says_precision = "precision" in choices or "precision.name" in settings or "experiment" in choices
+    if isinstance(cluster, dict) and cluster.get("device") == "cuda" and not says_precision:
+        _assign(tree, "precision.name", "bf16")
+    if isinstance(parallel, dict) and "parallel.schedule" not in settings and "parallel" not in choices:
+        chunks, pipeline = parallel.get("virtual_pipeline", 1), parallel.get("pipeline", 1)
+        if chunks != 1 and pipeline != 1:
+            _assign(tree, "parallel.schedule", "interleaved")
+    batch_alone = "data.global_batch" in settings and "data.microbatch" not in settings
+    if batch_alone and not {"data", "experiment"} & {*choices}:
+        _assign(tree, "data.microbatch", 1)
