@@ -60,7 +60,7 @@ def stage_memory(config: RunConfig, stage: StagePlan) -> StageMemory:
     kinds += [("block", model.has_experts(layer), layer in again) for layer in stage.layers]
     if stage.last:
         kinds.append(("head", parallel.pipeline > 1, False))
-    key = _key(setting)
+    key = _Key(setting)
     tied = model.tie_embeddings and stage.first and stage.last
     parts = [_part(key, *kind, tied) for kind in kinds]
     numel = setting.share.batch * setting.share.part * model.hidden_size
@@ -68,26 +68,31 @@ def stage_memory(config: RunConfig, stage: StagePlan) -> StageMemory:
     return _joined(parts, 0 if stage.first else crossing, 0 if stage.last else crossing, _table(setting) * tied)
 
 
-@dataclass(frozen=True)
-class _Key:
-    """A setting by the text of its sections: hashable, and quicker to compare than they are."""
+def loss_bytes(config: RunConfig) -> int:
+    """Return the most bytes that a microbatch's logits and loss hold at once."""
+    setting = setting_of(config)
+    ranks, formats = config.parallel.tensor, setting.formats
+    logits = setting.share.tokens * (padded_vocab(config.model.vocab_size, ranks) // ranks)
+    return logits * (formats.compute + formats.wide)
 
-    text: str
-    setting: Setting
+
+class _Key:
+    """A setting, compared by what a part sees of it."""
+
+    __slots__ = ("_hash", "_seen", "setting")
+
+    def __init__(self, setting: Setting) -> None:
+        p = setting.parallel
+        layout = (p.tensor, p.sequence, p.context, p.head_ranks, p.expert, p.splits_backward)
+        again = (p.recompute, p.recompute_operators)
+        self._seen = (setting.model, layout, again, setting.formats, setting.share)
+        self._hash, self.setting = hash(self._seen), setting
 
     def __hash__(self) -> int:
-        return hash(self.text)
+        return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and self.text == other.text
-
-
-def _key(setting: Setting) -> _Key:
-    """Return the key of a setting: of its layout only what a part sees."""
-    p = setting.parallel
-    layout = (p.tensor, p.sequence, p.context, p.context_method, p.context_heads, p.expert, p.splits_backward)
-    again = (p.recompute, p.recompute_operators)
-    return _Key(f"{setting.model!r}{layout}{again}{setting.formats}{setting.share}", setting)
+        return isinstance(other, _Key) and self._seen == other._seen
 
 
 @lru_cache(maxsize=4096)
