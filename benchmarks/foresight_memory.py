@@ -70,7 +70,8 @@ def _number(row: Row, key: str, default: int) -> int:
 
 
 def _world(row: Row) -> int:
-    return 8
+    """Nodes of GB200 have four devices, the others eight, and all tests but those on one node eight."""
+    return 4 if row["case"].endswith("_1node") and "gb200" in row["platform"] else 8
 
 
 _UNLIKE = (
@@ -81,7 +82,7 @@ _UNLIKE = (
     "cross-entropy-loss-fusion",
 )
 """What our models and engines do not have: such rows are left out."""
-_NAMES_UNLIKE = ("uneven_pipeline", "account_for_embedding", "distill", "grpo", "15b", "fsdp", "multi_dist_optimizer")
+_NAMES_UNLIKE = ("uneven_pipeline", "account_for_embedding", "distill", "grpo", "15b", "fsdp", "multi_dist_optimizer", "muon", "defer_embedding", "tunable")
 """Layers dealt out by hand, two models at once, sizes that the table does not give."""
 
 
@@ -145,6 +146,8 @@ def golden(anchors: Path) -> Iterator[tuple[Judged, Judged, bool]]:
         kind = row["case"].partition("/")[0]
         if kind not in ("gpt", "moe") or not row["num-layers"] or not row["mem_max_alloc_bytes"]:
             continue
+        if _number(row, "expert-tensor-parallel-size", 0) not in (0, _number(row, "tensor-model-parallel-size", 1)) and kind == "moe":
+            continue
         if any(row[key] for key in _UNLIKE) or any(word in row["case"] for word in _NAMES_UNLIKE):
             continue
         cluster = "a100-80gb" if "a100" in row["platform"] or not row["platform"] else "h100-sxm"
@@ -160,36 +163,91 @@ def golden(anchors: Path) -> Iterator[tuple[Judged, Judged, bool]]:
         )
 
 
-def bloom(anchors: Path, engine: str = "megatron") -> Iterator[tuple[Judged, bool | None]]:
-    """Yield the peaks of BLOOM's sweep, and whether a row that ran out of memory is called."""
+def bloom(anchors: Path, engine: str = "deepspeed") -> Iterator[tuple[Judged, bool | None]]:
+    """Yield the peaks of BLOOM's sweep (Megatron-DeepSpeed), and whether a row that ran out of memory is called."""
     for row in read(anchors / "bloom_prequel_layout_sweep_a100_80gb.csv"):
-        text = row["mem_max_GB"].removesuffix("GB")
-        if not text:
+        measured = row["mem_max_GB"].removesuffix("GB")
+        if not measured:
             continue
-        hidden = int(row["hidden"])
-        config = config_of(
-            "a100-80gb",
-            {
-                "engine.name": engine,
-                **({"engine.transformer_engine": "never"} if engine == "megatron" else {}),
-                "model.num_layers": int(row["layers"]),
-                "model.hidden_size": hidden,
-                "model.num_heads": int(row["heads"]),
-                "model.ffn_hidden_size": 4 * hidden,
-                "model.vocab_size": int(row["vocab"]),
-                "model.max_seq_len": int(row["seq"]),
-                "data.seq_len": int(row["seq"]),
-                "data.microbatch": int(row["mbs"]),
-                "data.global_batch": int(row["mbs"]) * int(row["dp"]) * (int(row["gbs"]) // int(row["mbs"]) // int(row["dp"])),
-                "parallel.tensor": int(row["tp"]),
-                "parallel.pipeline": int(row["pp"]),
-                "parallel.zero": int(row["zero_stage"]),
-                "parallel.recompute": "full",
-                "precision.name": "bf16" if row["precision"].startswith("bf16") else "fp16",
-            },
-        )
-        found = predict_memory(config, int(row["gpus"]))
-        if text == "OOM":
-            yield Judged("bloom OOM", row["line"], found.peak_bytes, 80e9), not found.fits(79.1)
+        found = predict_memory(config_of("a100-80gb", bloom_overrides(row, engine)), int(row["gpus"]))
+        if measured == "OOM":
+            yield Judged("bloom out of memory", row["line"], found.peak_bytes, 79.1 * GIB), not found.fits(79.1)
         else:
-            yield Judged("bloom", f"{row['line']} {row['precision'][:4]} dp{row['dp']} tp{row['tp']} pp{row['pp']} mb{row['mbs']}", found.peak_bytes, float(text) * 1e9), None
+            yield Judged(f"bloom as {engine}", row["line"], found.peak_bytes, float(measured) * 1e9), None
+
+
+def bloom_overrides(row: Row, engine: str) -> Overrides:
+    """Return a row of BLOOM's sweep in our keys."""
+    count = {key: int(row[key]) for key in ("hidden", "layers", "heads", "seq", "vocab", "dp", "tp", "pp", "mbs", "gbs")}
+    unit = count["mbs"] * count["dp"]
+    return {
+        "engine.name": engine,
+        "model.num_layers": count["layers"],
+        "model.hidden_size": count["hidden"],
+        "model.num_heads": count["heads"],
+        "model.num_kv_heads": count["heads"],
+        "model.ffn_hidden_size": 4 * count["hidden"],
+        "model.vocab_size": count["vocab"],
+        "model.max_seq_len": count["seq"],
+        "data.seq_len": count["seq"],
+        "data.microbatch": count["mbs"],
+        "data.global_batch": count["gbs"] // unit * unit,
+        "parallel.tensor": count["tp"],
+        "parallel.pipeline": count["pp"],
+        "parallel.zero": int(row["zero_stage"]),
+        "parallel.recompute": "full",
+        "precision.name": "bf16" if row["precision"].startswith("bf16") else "fp16",
+    }
+
+
+KORTHIKANTI: dict[str, tuple[int, ...]] = {
+    "22B": (48, 6144, 64, 8, 1, 1, 4, 4),
+    "175B": (96, 12288, 96, 8, 8, 3, 1, 64),
+    "530B": (105, 20480, 128, 8, 35, 3, 1, 280),
+    "1T": (128, 25600, 160, 8, 64, 1, 1, 512),
+}
+"""Korthikanti et al. 2022, Table 3: layers, hidden size, heads, tp, pp, chunks a rank, microbatch, global batch."""
+
+
+def korthikanti_config(name: str, sequence: bool, recompute: str) -> tuple[RunConfig, int]:
+    """Return a configuration of the paper's Table 3, and its ranks."""
+    layers, hidden, heads, tensor, pipeline, chunks, microbatch, batch = KORTHIKANTI[name]
+    overrides: Overrides = {
+        "engine.name": "megatron",
+        "engine.transformer_engine": "never",
+        "model.num_layers": layers,
+        "model.hidden_size": hidden,
+        "model.num_heads": heads,
+        "model.num_kv_heads": heads,
+        "model.ffn_hidden_size": 4 * hidden,
+        "model.vocab_size": 51200,
+        "model.max_seq_len": 2048,
+        "data.seq_len": 2048,
+        "data.microbatch": microbatch,
+        "data.global_batch": batch,
+        "parallel.tensor": tensor,
+        "parallel.sequence": sequence,
+        "parallel.pipeline": pipeline,
+        "parallel.virtual_pipeline": chunks,
+        "parallel.schedule": "interleaved" if chunks > 1 else "1f1b",
+        "parallel.zero": 0,
+        "parallel.recompute": recompute,
+        "precision.name": "bf16",
+    }
+    return config_of("a100-80gb", overrides), tensor * pipeline
+
+
+def korthikanti(anchors: Path) -> Iterator[Judged]:
+    """Yield state and activations of the first rank, Figure 1, and the shares of Figure 7."""
+    ways = {"none": (False, "none"), "seqpar": (True, "none"), "selective": (False, "selective")}
+    ways |= {"seq_sel": (True, "selective"), "full": (False, "full")}
+    for row in read(anchors / "korthikanti2022_memory.csv"):
+        name = row["model"]
+        found = {way: predict_memory(*korthikanti_config(name, *how)).ranks[0].components for way, how in ways.items()}
+        state = found["none"].static - found["none"].workspace
+        yield Judged("korthikanti", f"{name} state", state, float(row["params_and_opt_GiB"]) * GIB)
+        for way, column in (("none", "act_no_recompute_tp_only_GiB"), ("seq_sel", "act_seq_selective_GiB")):
+            yield Judged("korthikanti", f"{name} {way}", found[way].activations, float(row[column]) * GIB)
+        for way in ("seqpar", "selective", "seq_sel", "full"):
+            share = 100 * found[way].activations / found["none"].activations
+            yield Judged("korthikanti shares", f"{name} {way} %", share, float(row[f"fig7_{way}_pct"]))

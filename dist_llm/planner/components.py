@@ -10,8 +10,9 @@ from dataclasses import dataclass, fields
 class Components:
     """Bytes of one rank, or of one of its stages, at the moment when it holds the most.
 
-    parameters: stored, shards and masters among them. gathered: whole copies beside them. logits: those of the last
-    stage and what the loss makes of them. buffers: what crosses between pipeline ranks. communication: buckets on
+    parameters: stored, shards and masters among them. gathered: whole copies beside them. activations: what waits for
+    its backward (of our own model also what is being computed). working: what a backward makes for a moment, a
+    recomputed layer among it. logits: those of the last stage and what the loss makes of them. buffers: what crosses between pipeline ranks. communication: buckets on
     their way. workspace: of matrix libraries. fragmentation: what the allocator keeps and cannot give. reserve: the
     device's context and the communication library's buffers.
     """
@@ -21,6 +22,7 @@ class Components:
     gradients: int = 0
     optimizer: int = 0
     activations: int = 0
+    working: int = 0
     logits: int = 0
     buffers: int = 0
     communication: int = 0

@@ -22,15 +22,24 @@ class DeviceMemory:
     workspace_bytes: int
 
 
+RESERVE_BYTES = 3 * _GIB
+FRAGMENTATION = 0.08
 _NONE = DeviceMemory(0, 0.0, 0)
 
 
-def device_memory(config: RunConfig) -> DeviceMemory:
-    """Return the figures of a config's cluster.
+_HOPPER_TFLOPS = 500.0
+"""Devices with a higher peak in bf16 are Hopper's and later, for which cuBLAS wants 32 MiB instead of 4 or 8."""
 
-    cuBLAS has two workspaces of 32 MiB under deterministic algorithms (`CUBLAS_WORKSPACE_CONFIG=:4096:8`), else of
-    8.1 MiB (torch, notes on CUDA); a little more is the libraries' own. A CPU has none of all this.
+
+def device_memory(config: RunConfig) -> DeviceMemory:
+    """Return the figures of a config's cluster; a CPU has none of this.
+
+    Workspace: cuBLAS and cuBLASLt through torch, Transformer Engine's own; two of 32 MiB under deterministic algorithms
+    (`CUBLAS_WORKSPACE_CONFIG=:4096:8`). Reserve and fragmentation: as seen by nvidia-smi over a process of Megatron's
+    size (tensor, pipeline, data and embedding groups of NCCL).
     """
     if config.cluster.device == "cpu":
         return _NONE
-    return DeviceMemory(2 * _GIB, 0.04, (80 if config.run.deterministic else 24) * _MIB)
+    late = config.cluster.peak_tflops.bf16 > _HOPPER_TFLOPS
+    workspace = (112 if late else 80) if config.run.deterministic else (104 if late else 32)
+    return DeviceMemory(RESERVE_BYTES, FRAGMENTATION, workspace * _MIB)

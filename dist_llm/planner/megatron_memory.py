@@ -1,6 +1,7 @@
 """What Megatron-Core holds on a rank, in closed form: its state, the saved tensors of a layer, and the loss.
 
-    state   c weights + 4 gradients + (4 masters + 8 moments) / dp under ZeRO 1      c: bytes of the compute format
+    state   c weights + 4 gradients + (4 masters + 8 moments) / dp under ZeRO 1; fp16 without: 2 + 2 + 4 + 4 + 8
+            c: bytes of the compute format
     layer   between regions   2 (2 c + mask) s b h        inside  c s b (q + 2 k + 2 q + 2 f, swiglu 3 f) / t
             scores kept       (2 c + 1) a s^2 b / t       all of it once: Korthikanti et al. 2022, equations 1 to 4
     loss    (c + 4) s b v / t at its peak: logits and their fp32 copy, which becomes the probabilities
@@ -10,7 +11,7 @@ Masks are counted for GPT-2's family, whose published runs drop out; attention k
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dist_llm.accounting.held import stage_tensors
 from dist_llm.accounting.memory import FORMAT_BYTES
@@ -91,12 +92,12 @@ def _feed_bytes(config: RunConfig, shape: MegatronShape) -> int:
 
 
 def _expert_bytes(config: RunConfig, shape: MegatronShape) -> int:
-    """Rows as they were sent and as they are sorted, both linears' inputs, what goes back, and the router's scores."""
+    """Tokens before and after, rows as sent, sorted and returned, the linears' inputs, and the router's scores."""
     model, ranks = config.model, config.parallel.tensor
     part = shape.tokens // (ranks if config.parallel.sequence else 1)
     rows = part * model.moe.top_k
     pieces = 3 if model.activation == "swiglu" else 2
-    moved = 3 * shape.width * rows * model.hidden_size
+    moved = shape.width * (3 * rows + 2 * shape.tokens) * model.hidden_size
     inside = pieces * shape.width * rows * model.expert_width
     shared = pieces * shape.width * shape.tokens * model.moe.num_shared * model.expert_width // ranks
     return moved + inside + shared + 4 * 4 * part * model.moe.num_experts
@@ -138,7 +139,8 @@ def megatron_rank(config: RunConfig, pipe: Pipe, data: int, index: int) -> tuple
         rounds, more = divmod(flying, len(stages))
         rows[stage.index] = _stage(config, data, stage, rounds + (place < more))
     whole = total(rows.values())
-    return rows, whole
+    # One stage of a rank works at a time.
+    return rows, replace(whole, working=max(row.working for row in rows.values()))
 
 
 def _stage(config: RunConfig, data: int, stage: StagePlan, flying: int) -> Components:
@@ -154,12 +156,15 @@ def _stage(config: RunConfig, data: int, stage: StagePlan, flying: int) -> Compo
     most = max((layer.saved - layer.kept + layer.working for layer in layers), default=0)
     loss = loss_bytes(config) if stage.last else 0
     crossing = shape_of(config).tokens * model.hidden_size * c if parallel.pipeline > 1 else 0
-    masters = 8 if c == 4 else 12
+    # Without the distributed optimizer fp16's gradients stay fp16, and masters have fp32 copies of them.
+    halves = config.precision.compute == "fp16" and not parallel.zero
+    masters = 8 if c == 4 else 16 if halves else 12
     return Components(
         parameters=numel * c,
-        gradients=numel * 4,
+        gradients=numel * (2 if halves else 4),
         optimizer=int(own * masters),
-        activations=kept * flying + max(0, most - loss),
+        activations=kept * flying,
+        working=max(0, most - loss),
         logits=loss,
         buffers=2 * crossing,
     )

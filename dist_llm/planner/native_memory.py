@@ -17,6 +17,7 @@ from dist_llm.accounting.schedules import Pipe
 from dist_llm.accounting.stages import StagePlan
 from dist_llm.config.run import RunConfig
 from dist_llm.planner.components import Components, total
+from dist_llm.planner.deepspeed_memory import deepspeed_state
 from dist_llm.planner.messages import Program, write_programs
 from dist_llm.planner.native_stage import loss_bytes, stage_memory
 from dist_llm.planner.pipeline_memory import Stages, most_activations
@@ -77,6 +78,8 @@ def _state(
 
     times: ranks of data x context, and microbatches of a step.
     """
+    if config.engine.name == "deepspeed":
+        return deepspeed_state(config, place, stage)
     model, parallel, precision = config.model, config.parallel, config.precision
     tensors = [tensor for unit in stage_units(model, parallel, stage) for tensor in unit]
     master = FORMAT_BYTES[precision.master]
