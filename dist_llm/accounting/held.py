@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from dist_llm.accounting.params import ParamSpec, embedding_parameters, head_parameters, layer_parameters
 from dist_llm.accounting.schedules import stage_rank
@@ -58,7 +59,7 @@ def _partial(name: str, model: ModelConfig, sequence: bool) -> bool:
     return sequence and replicated
 
 
-def _late(name: str, parallel: ParallelConfig) -> bool:
+def _late(name: str, parallel: ParallelConfig | _Split) -> bool:
     """Return whether it is the gradient of a linear, an expert's too; not of a bias that follows a sum over tp."""
     module, _, leaf = name.rpartition(".")
     linear = module.rpartition(".")[2]
@@ -67,7 +68,7 @@ def _late(name: str, parallel: ParallelConfig) -> bool:
     return linear in ("wq", "wk", "wv", "gate", "up", "projection")
 
 
-def _unit(specs: list[ParamSpec], model: ModelConfig, parallel: ParallelConfig) -> Unit:
+def _unit(specs: list[ParamSpec], model: ModelConfig, parallel: ParallelConfig | _Split) -> Unit:
     held = []
     for spec in specs:
         shape = spec.local_shape(parallel.tensor, parallel.expert)
@@ -79,6 +80,22 @@ def _unit(specs: list[ParamSpec], model: ModelConfig, parallel: ParallelConfig) 
 
 def stage_units(model: ModelConfig, parallel: ParallelConfig, stage: StagePlan) -> list[Unit]:
     """Return the ZeRO units of a stage in forward order; the shared unit of a tied pair, the root, comes last."""
+    split = _Split(parallel.tensor, parallel.sequence, parallel.expert, parallel.unit_blocks)
+    return list(_stage_units(model, split, stage))
+
+
+@dataclass(frozen=True)
+class _Split:
+    """What of a layout decides who holds which parameters, by the names that it has there."""
+
+    tensor: int
+    sequence: bool
+    expert: int
+    unit_blocks: int
+
+
+@lru_cache(maxsize=4096)
+def _stage_units(model: ModelConfig, parallel: _Split, stage: StagePlan) -> tuple[Unit, ...]:
     layers: list[Unit] = []
     for start in range(0, len(stage.layers), parallel.unit_blocks):
         blocks = [list(layer_parameters(model, at)) for at in stage.layers[start : start + parallel.unit_blocks]]
@@ -88,9 +105,9 @@ def stage_units(model: ModelConfig, parallel: ParallelConfig, stage: StagePlan) 
     head = list(head_parameters(model)) if stage.last else []
     if model.tie_embeddings and stage.first and stage.last:
         shared = [spec for spec in [*embed, *head] if spec.name != "head.projection.weight"]
-        return [unit for unit in (*layers, _unit(shared, model, parallel)) if unit]
+        return tuple(unit for unit in (*layers, _unit(shared, model, parallel)) if unit)
     units = [_unit(embed, model, parallel), *layers, _unit(head, model, parallel)]
-    return [unit for unit in units if unit]
+    return tuple(unit for unit in units if unit)
 
 
 def stage_tensors(model: ModelConfig, parallel: ParallelConfig, stage: StagePlan) -> Unit:

@@ -11,6 +11,7 @@ Llama 3 405B (126 layers, 16 stages) gets 8 a stage but 7 in the first and the l
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
 from dist_llm.accounting.flops import matmul_parameters
@@ -41,6 +42,11 @@ def plan_stages(model: ModelConfig, count: int) -> list[StagePlan]:
 
     Raises ValueError where there are fewer layers.
     """
+    return list(_deal(model, count))
+
+
+@lru_cache(maxsize=4096)
+def _deal(model: ModelConfig, count: int) -> tuple[StagePlan, ...]:
     if count > model.num_layers:
         raise ValueError(f"{model.num_layers} layers cannot fill {count} stages")
     head = model.vocab_size * model.hidden_size
@@ -54,4 +60,12 @@ def plan_stages(model: ModelConfig, count: int) -> list[StagePlan]:
         costs[cheapest] += layer
         sizes[cheapest] += 1
     ends = list(accumulate(sizes))
-    return [StagePlan(index, count, range(end - sizes[index], end)) for index, end in enumerate(ends)]
+    return tuple(StagePlan(index, count, range(end - sizes[index], end)) for index, end in enumerate(ends))
+
+
+def engine_stages(engine: str, model: ModelConfig, count: int) -> list[StagePlan]:
+    """Return the stages as an engine deals layers: Megatron-Core equally many to each, where they divide."""
+    if engine != "megatron" or model.num_layers % count:
+        return plan_stages(model, count)
+    size = model.num_layers // count
+    return [StagePlan(index, count, range(index * size, (index + 1) * size)) for index in range(count)]

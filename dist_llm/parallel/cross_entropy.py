@@ -34,7 +34,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         top = wide[..., :valid].amax(-1) if valid else wide.new_full(wide.shape[:-1], -torch.inf)
         if axis.size > 1:
             dist.all_reduce(top, op=dist.ReduceOp.MAX, group=axis.group)
-        shifted = wide - top[..., None]
+        # Logits are not ours to write to; a wider copy of them is.
+        shifted = wide - top[..., None] if wide.dtype == logits.dtype else wide.sub_(top[..., None])
         target = shifted.gather(-1, local[..., None])[..., 0].masked_fill(~here, 0.0)
         probabilities = shifted.exp_()
         probabilities[..., valid:] = 0.0

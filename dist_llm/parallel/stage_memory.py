@@ -4,7 +4,7 @@
     backward  peak while it runs; all that stayed is freed. The first makes gradients, later ones add to them
     split     the first half frees what only it needs, the second half the rest (x and dy of every linear)
 
-train/pipeline_memory.py puts them in the order of a rank's work.
+planner/pipeline_memory.py puts them in the order of a rank's work.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dist_llm.accounting.stage_memory import StageMemory
 from dist_llm.parallel.activations import ActivationLog
 from dist_llm.parallel.live import gradients, parameters
 from dist_llm.parallel.pipeline import LossFunction, StageModule
@@ -23,24 +24,6 @@ from dist_llm.parallel.zero import set_backward_traffic
 
 MEASURED = 2
 """Microbatches that are run."""
-
-
-@dataclass(frozen=True)
-class StageMemory:
-    """Bytes of activations of one microbatch in one stage; peaks are over what was alive before.
-
-    held: from forward to backward. waiting: from the first half of a backward to the second. input, output: what comes
-    from the stage before and goes to the one after (0 at the ends of the model); gradients are as large.
-    """
-
-    forward_peak: int
-    held: int
-    first_backward_peak: int
-    backward_peak: int
-    waiting: int
-    weight_peak: int
-    input: int
-    output: int
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
     fake process group of any size -> tensors without values -> the engine's own build -> two microbatches a stage
 
 Parameters, gradients and optimizer state are those of what was built; activations are measured on it
-(parallel/stage_memory.py) and put in the order of the schedule (pipeline_memory.py); accounting/traffic.py says what
+(parallel/stage_memory.py) and put in the order of the schedule (planner/pipeline_memory.py); accounting/traffic.py says what
 is sent. Ranks of a pipeline that hold alike stages are built once. Experts are taken as evenly used.
 """
 
@@ -21,6 +21,7 @@ from dist_llm.accounting.memory import place_of
 from dist_llm.accounting.params import num_parameters
 from dist_llm.accounting.peaks import gathered_bytes, gradient_bytes
 from dist_llm.accounting.schedules import Pipe
+from dist_llm.accounting.stage_memory import StageMemory
 from dist_llm.accounting.stages import StagePlan
 from dist_llm.accounting.traffic import Shapes, Traffic, step_traffic
 from dist_llm.config.rules import num_microbatches
@@ -32,12 +33,13 @@ from dist_llm.parallel.activations import ActivationLog
 from dist_llm.parallel.apply import SplitStage, SplittableModel
 from dist_llm.parallel.live import storage_bytes
 from dist_llm.parallel.materialise import allocate
-from dist_llm.parallel.stage_memory import StageMemory, StageRun, measure_stage
+from dist_llm.parallel.pipeline import BUFFERS_AS_NEEDED
+from dist_llm.parallel.stage_memory import StageRun, measure_stage
 from dist_llm.parallel.whole_gradients import IN_GRAD
 from dist_llm.planner.messages import Program, prove, write_programs
+from dist_llm.planner.pipeline_memory import most_activations
 from dist_llm.runtime.fake_group import fake_group
 from dist_llm.runtime.mesh import Mesh, build_mesh
-from dist_llm.train.pipeline_memory import most_activations
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,7 @@ def _describe(
             "host_bytes": facts.host_bytes,
         }
         total = {name: total[name] + sizes[name] for name in _SUMMED}
-        peak = most_activations(pipe, program, {stage.index: facts.activations})
+        peak = most_activations(pipe, program, {stage.index: facts.activations}, BUFFERS_AS_NEEDED)
         where = {"stage": stage.index, "pipeline_rank": pipeline_index}
         layers = {"first_layer": stage.layers.start, "num_layers": len(stage.layers)}
         microbatch = asdict(facts.activations)
@@ -221,7 +223,7 @@ def _describe(
             "traffic": _traffic_row(step_traffic(shapes, stage)),
         }
     memories = {stage.index: facts.activations for stage, facts in zip(stages, built, strict=True)}
-    peak = most_activations(pipe, program, memories)
+    peak = most_activations(pipe, program, memories, BUFFERS_AS_NEEDED)
     return {
         "pipeline_rank": pipeline_index,
         "stages": [stage.index for stage in stages],

@@ -1,6 +1,7 @@
 """The most activations that a pipeline rank holds while it carries out its program; nothing runs here.
 
-What a microbatch costs a stage is measured (parallel/stage_memory.py); what crosses between ranks is torch's doing:
+What a microbatch costs a stage is measured (parallel/stage_memory.py) or reckoned (native_stage.py); what crosses
+between ranks is torch's doing:
            receives                    outputs                        gradients of inputs
     old    a buffer each, all step     one stage: until the backward  1f1b: until the next is there
                                        several: until the step ends   others: until the step ends
@@ -15,17 +16,19 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from dist_llm.accounting.schedules import Action, Pipe, Work, crosses
-from dist_llm.parallel.pipeline import BUFFERS_AS_NEEDED
-from dist_llm.parallel.stage_memory import StageMemory
+from dist_llm.accounting.stage_memory import StageMemory
 from dist_llm.planner.messages import Message, Program
 
 Stages = Mapping[int, StageMemory]
 """Stages of one rank and what a microbatch costs each."""
 
 
-def most_activations(pipe: Pipe, program: Program, stages: Stages) -> int:
-    """Return the most bytes of activations of these stages while their rank carries out its program."""
-    buffers: _Buffers = (_BuffersAsNeeded if BUFFERS_AS_NEEDED else _BuffersOfAStep)(pipe, stages)
+def most_activations(pipe: Pipe, program: Program, stages: Stages, as_needed: bool) -> int:
+    """Return the most bytes of activations of these stages while their rank carries out its program.
+
+    as_needed: whether torch takes a buffer when a rank receives (2.15), rather than those of a step at its beginning.
+    """
+    buffers: _Buffers = (_BuffersAsNeeded if as_needed else _BuffersOfAStep)(pipe, stages)
     level, begun = buffers.at_start(), set[int]()
     most = level
     for step in program:

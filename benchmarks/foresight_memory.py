@@ -1,0 +1,253 @@
+"""Predicted against published peak memory: Megatron-LM's golden values, BLOOM's layout sweep, Korthikanti et al. 2022.
+
+    python benchmarks/foresight_memory.py ANCHORS [--rows]
+
+ANCHORS is the folder of the tables (they are others' and not in the repository). Prints rows, mean absolute error, the
+most that a row is under, the 90th percentile and the bound for each table. Exits with 1 where a bound is not met.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import sys
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from dist_llm.cli.compose import compose
+from dist_llm.config.run import RunConfig
+from dist_llm.planner.footprint import GIB, predict_memory
+
+Row = Mapping[str, str]
+Overrides = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A published row: what table it is of, how it is called, and bytes predicted and measured."""
+
+    table: str
+    name: str
+    predicted: float
+    measured: float
+
+    @property
+    def error(self) -> float:
+        """Relative error; below 0 the prediction is under."""
+        return self.predicted / self.measured - 1
+
+
+def read(path: Path) -> list[Row]:
+    """Return the rows of a table without the lines that say where it comes from."""
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(line for line in file if not line.startswith("# source")))
+
+
+@lru_cache(maxsize=64)
+def _base(cluster: str) -> dict[str, Any]:
+    return compose(["model=gpt2-124m", "data=gpt2", f"cluster={cluster}"])
+
+
+def config_of(cluster: str, overrides: Overrides) -> RunConfig:
+    """Return the config of a GPT-2 on a cluster with these keys set."""
+    tree = deepcopy(_base(cluster))
+    for key, value in overrides.items():
+        *sections, leaf = key.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[leaf] = value
+    return RunConfig.model_validate(tree)
+
+
+def _number(row: Row, key: str, default: int) -> int:
+    return int(row[key]) if row[key] else default
+
+
+def _world(row: Row) -> int:
+    """Nodes of GB200 have four devices, the others eight, and all tests but those on one node eight."""
+    return 4 if row["case"].endswith("_1node") and "gb200" in row["platform"] else 8
+
+
+_UNLIKE = (
+    "multi-latent-attention",
+    "use-megatron-fsdp",
+    "fp8-format",
+    "pipeline-model-parallel-layout",
+    "cross-entropy-loss-fusion",
+)
+"""What our models and engines do not have: such rows are left out."""
+_NAMES_UNLIKE = ("uneven_pipeline", "account_for_embedding", "distill", "grpo", "15b", "fsdp", "multi_dist_optimizer", "muon", "defer_embedding", "tunable")
+"""Layers dealt out by hand, two models at once, sizes that the table does not give."""
+
+
+def golden_overrides(row: Row) -> Overrides:
+    """Return a row's Megatron-LM arguments in our keys."""
+    tensor, pipeline = _number(row, "tensor-model-parallel-size", 1), _number(row, "pipeline-model-parallel-size", 1)
+    layers, hidden, heads = (
+        _number(row, key, 0) for key in ("num-layers", "hidden-size", "num-attention-heads")
+    )
+    gated, expert = row["swiglu"] == "True", _number(row, "num-experts", 0)
+    chunk = _number(row, "num-layers-per-virtual-pipeline-stage", 0)
+    chunks = layers // pipeline // chunk if chunk and pipeline > 1 else 1
+    inner = _number(row, "ffn-hidden-size", hidden * 4 * 2 // 3 // 64 * 64 if gated else 4 * hidden)
+    positions = {"": "learned", "learned_absolute": "learned"}.get(
+        row["position-embedding-type"], row["position-embedding-type"]
+    )
+    unfused = row["transformer-impl"] == "local" or row["attention-backend"] == "unfused"
+    overrides: Overrides = {
+        "engine.name": "megatron",
+        "engine.transformer_engine": "never" if unfused else "auto",
+        "model.num_layers": layers,
+        "model.hidden_size": hidden,
+        "model.num_heads": heads,
+        "model.num_kv_heads": _number(row, "num-query-groups", heads),
+        "model.head_dim": _number(row, "kv-channels", hidden // heads),
+        "model.ffn_hidden_size": inner,
+        "model.vocab_size": _number(row, "vocab-size", 50257),
+        "model.max_seq_len": _number(row, "seq-length", 1024),
+        "model.position": positions,
+        "model.activation": "swiglu" if gated else "gelu",
+        "model.norm": "rmsnorm" if row["normalization"] == "RMSNorm" else "layernorm",
+        "model.bias": "disable_bias" not in row["case"] and not expert,
+        "model.tie_embeddings": row["untie-embeddings-and-output-weights"] != "True",
+        "data.seq_len": _number(row, "seq-length", 1024),
+        "data.microbatch": _number(row, "micro-batch-size", 1),
+        "data.global_batch": _number(row, "global-batch-size", 128),
+        "parallel.tensor": tensor,
+        "parallel.sequence": row["sequence-parallel"] == "True",
+        "parallel.pipeline": pipeline,
+        "parallel.virtual_pipeline": chunks,
+        "parallel.schedule": "interleaved" if chunks > 1 else "1f1b",
+        "parallel.context": _number(row, "context-parallel-size", 1),
+        "parallel.zero": int(row["use-distributed-optimizer"] == "True"),
+        "parallel.recompute": row["recompute-granularity"] or "none",
+        "precision.name": "bf16" if row["bf16"] == "True" else "fp16",
+        "run.deterministic": row["deterministic-mode"] == "True",
+    }
+    if expert:
+        overrides |= {
+            "model.moe.num_experts": expert,
+            "model.moe.top_k": _number(row, "moe-router-topk", 2),
+            "model.moe.ffn_hidden_size": _number(row, "moe-ffn-hidden-size", inner),
+            "parallel.expert": _number(row, "expert-model-parallel-size", 1),
+        }
+    return overrides
+
+
+def golden(anchors: Path) -> Iterator[tuple[Judged, Judged, bool]]:
+    """Yield peak and static bytes of the last rank of Megatron-LM's functional tests."""
+    for row in read(anchors / "megatron_functional_golden_mem_time.csv"):
+        kind = row["case"].partition("/")[0]
+        if kind not in ("gpt", "moe") or not row["num-layers"] or not row["mem_max_alloc_bytes"]:
+            continue
+        if _number(row, "expert-tensor-parallel-size", 0) not in (0, _number(row, "tensor-model-parallel-size", 1)) and kind == "moe":
+            continue
+        if any(row[key] for key in _UNLIKE) or any(word in row["case"] for word in _NAMES_UNLIKE):
+            continue
+        cluster = "a100-80gb" if "a100" in row["platform"] or not row["platform"] else "h100-sxm"
+        ranks = predict_memory(config_of(cluster, golden_overrides(row)), _world(row)).ranks
+        last = ranks[-1].components
+        name = f"{row['case']} {row['env']} {row['platform']}"
+        said = bool(row["attention-backend"]) or row["transformer-impl"] == "local"
+        static = float(row["mem_alloc_bytes_last"] or "nan")
+        yield (
+            Judged(f"golden {kind}", name, last.allocated, float(row["mem_max_alloc_bytes"])),
+            Judged(f"golden {kind} static", name, last.static, static),
+            said,
+        )
+
+
+def bloom(anchors: Path, engine: str = "deepspeed") -> Iterator[tuple[Judged, bool | None]]:
+    """Yield the peaks of BLOOM's sweep (Megatron-DeepSpeed), and whether a row that ran out of memory is called."""
+    for row in read(anchors / "bloom_prequel_layout_sweep_a100_80gb.csv"):
+        measured = row["mem_max_GB"].removesuffix("GB")
+        if not measured:
+            continue
+        found = predict_memory(config_of("a100-80gb", bloom_overrides(row, engine)), int(row["gpus"]))
+        if measured == "OOM":
+            yield Judged("bloom out of memory", row["line"], found.peak_bytes, 79.1 * GIB), not found.fits(79.1)
+        else:
+            yield Judged(f"bloom as {engine}", row["line"], found.peak_bytes, float(measured) * 1e9), None
+
+
+def bloom_overrides(row: Row, engine: str) -> Overrides:
+    """Return a row of BLOOM's sweep in our keys."""
+    count = {key: int(row[key]) for key in ("hidden", "layers", "heads", "seq", "vocab", "dp", "tp", "pp", "mbs", "gbs")}
+    unit = count["mbs"] * count["dp"]
+    return {
+        "engine.name": engine,
+        "model.num_layers": count["layers"],
+        "model.hidden_size": count["hidden"],
+        "model.num_heads": count["heads"],
+        "model.num_kv_heads": count["heads"],
+        "model.ffn_hidden_size": 4 * count["hidden"],
+        "model.vocab_size": count["vocab"],
+        "model.max_seq_len": count["seq"],
+        "data.seq_len": count["seq"],
+        "data.microbatch": count["mbs"],
+        "data.global_batch": count["gbs"] // unit * unit,
+        "parallel.tensor": count["tp"],
+        "parallel.pipeline": count["pp"],
+        "parallel.zero": int(row["zero_stage"]),
+        "parallel.recompute": "full",
+        "precision.name": "bf16" if row["precision"].startswith("bf16") else "fp16",
+    }
+
+
+KORTHIKANTI: dict[str, tuple[int, ...]] = {
+    "22B": (48, 6144, 64, 8, 1, 1, 4, 4),
+    "175B": (96, 12288, 96, 8, 8, 3, 1, 64),
+    "530B": (105, 20480, 128, 8, 35, 3, 1, 280),
+    "1T": (128, 25600, 160, 8, 64, 1, 1, 512),
+}
+"""Korthikanti et al. 2022, Table 3: layers, hidden size, heads, tp, pp, chunks a rank, microbatch, global batch."""
+
+
+def korthikanti_config(name: str, sequence: bool, recompute: str) -> tuple[RunConfig, int]:
+    """Return a configuration of the paper's Table 3, and its ranks."""
+    layers, hidden, heads, tensor, pipeline, chunks, microbatch, batch = KORTHIKANTI[name]
+    overrides: Overrides = {
+        "engine.name": "megatron",
+        "engine.transformer_engine": "never",
+        "model.num_layers": layers,
+        "model.hidden_size": hidden,
+        "model.num_heads": heads,
+        "model.num_kv_heads": heads,
+        "model.ffn_hidden_size": 4 * hidden,
+        "model.vocab_size": 51200,
+        "model.max_seq_len": 2048,
+        "data.seq_len": 2048,
+        "data.microbatch": microbatch,
+        "data.global_batch": batch,
+        "parallel.tensor": tensor,
+        "parallel.sequence": sequence,
+        "parallel.pipeline": pipeline,
+        "parallel.virtual_pipeline": chunks,
+        "parallel.schedule": "interleaved" if chunks > 1 else "1f1b",
+        "parallel.zero": 0,
+        "parallel.recompute": recompute,
+        "precision.name": "bf16",
+    }
+    return config_of("a100-80gb", overrides), tensor * pipeline
+
+
+def korthikanti(anchors: Path) -> Iterator[Judged]:
+    """Yield state and activations of the first rank, Figure 1, and the shares of Figure 7."""
+    ways = {"none": (False, "none"), "seqpar": (True, "none"), "selective": (False, "selective")}
+    ways |= {"seq_sel": (True, "selective"), "full": (False, "full")}
+    for row in read(anchors / "korthikanti2022_memory.csv"):
+        name = row["model"]
+        found = {way: predict_memory(*korthikanti_config(name, *how)).ranks[0].components for way, how in ways.items()}
+        state = found["none"].static - found["none"].workspace
+        yield Judged("korthikanti", f"{name} state", state, float(row["params_and_opt_GiB"]) * GIB)
+        for way, column in (("none", "act_no_recompute_tp_only_GiB"), ("seq_sel", "act_seq_selective_GiB")):
+            yield Judged("korthikanti", f"{name} {way}", found[way].activations, float(row[column]) * GIB)
+        for way in ("seqpar", "selective", "seq_sel", "full"):
+            share = 100 * found[way].activations / found["none"].activations
+            yield Judged("korthikanti shares", f"{name} {way} %", share, float(row[f"fig7_{way}_pct"]))

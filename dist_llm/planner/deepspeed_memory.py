@@ -1,0 +1,42 @@
+"""What DeepSpeed's ZeRO keeps of a stage; the model and its activations are the native engine's.
+
+    c: bytes of the compute format, n: ranks that shard     weights    gradients            masters and moments
+    ZeRO 1  bf16, sums in fp32 (BF16_Optimizer)             c          c + 4                12 / n
+            others                                          c          c + 4 / n            12 / n
+    ZeRO 2                                                  c          a bucket, 4 / n      12 / n
+    ZeRO 3                                                  c / n      a bucket, 4 / n      12 / n
+
+In fp32 the weights are their own masters. Rajbhandari et al. 2020; the Megatron-DeepSpeed of BLOOM is of this kind.
+"""
+
+from __future__ import annotations
+
+from dist_llm.accounting.held import stage_units
+from dist_llm.accounting.memory import FORMAT_BYTES, Place
+from dist_llm.accounting.peaks import gathered_bytes
+from dist_llm.accounting.stages import StagePlan
+from dist_llm.config.run import RunConfig
+from dist_llm.planner.components import Components
+
+
+def deepspeed_state(config: RunConfig, place: Place, stage: StagePlan) -> Components:
+    """Return the state of a stage on a rank."""
+    model, parallel = config.model, config.parallel
+    c = FORMAT_BYTES[config.precision.compute]
+    tensors = [tensor for unit in stage_units(model, parallel, stage) for tensor in unit]
+    whole = sum(tensor.numel for tensor in tensors)
+    shard = sum(place.shard_numel(tensor) for tensor in tensors)
+    bucket = min(parallel.bucket_mib << 20, 4 * whole)
+    kept = parallel.offload == "none"
+    if parallel.zero == 1:
+        gradients = whole * (c + 4) if config.precision.compute == "bf16" else whole * c + 4 * shard
+    else:
+        gradients = 4 * shard
+    sharded = parallel.zero == 3
+    return Components(
+        parameters=(shard if sharded else whole) * c * (parallel.offload != "parameters"),
+        gathered=gathered_bytes(model, parallel, config.precision, place, stage) if sharded else 0,
+        gradients=gradients * (kept or parallel.zero == 1),
+        optimizer=shard * (12 if c < 4 else 8) * kept,
+        communication=3 * bucket,
+    )
