@@ -99,21 +99,21 @@ def compose_request(overrides: Sequence[str]) -> Composed:
     composed = Composed({})
     presets = list_presets()
     choices: dict[str, str] = {}
-    values: list[tuple[str, str, str]] = []
+    values: list[tuple[str, str]] = []
     for text in overrides:
         split = _split(text, composed)
         if split is not None and split[0] in ("cluster", "model"):
             _choose(*split, presets[split[0]], choices, composed)
         elif split is not None:
-            values.append((*split, text))
+            values.append(split)
     sections = _compose_presets(choices)
     composed.tree = {"cluster": sections["cluster"]}
     if "model" in choices:
         composed.tree["preset"] = sections["model"]
     parser = OverridesParser.create()
-    for key, raw, text in values:
+    for key, raw in values:
         chosen = "model" in choices and key.startswith("model.")
-        _assign(f"preset.{key.removeprefix('model.')}" if chosen else key, raw, text, parser, composed)
+        _assign(f"preset.{key.removeprefix('model.')}" if chosen else key, raw, parser, composed)
     return composed
 
 

@@ -15,6 +15,8 @@ from dist_llm.cli.say import drop_unwritable_streams, say_on_stdout
 from dist_llm.errors import ConfigError, DistLLMError, ExitCode
 
 Group = Mapping[str, Command]
+DEFAULT = ""
+"""Name, in a group, of the command that its name alone is: `dist-llm plan budget.flops=1e22`."""
 
 COMMANDS: Mapping[str, Command | Group] = {
     "train": train.TRAIN,
@@ -68,15 +70,20 @@ def _find(words: list[str]) -> tuple[Command, str, list[str]] | str:
         prog = " ".join(["dist-llm", *words[:index]])
         if isinstance(node, Command):
             return node, prog, words[index:]
-        if word in ("-h", "--help"):
+        if word in ("-h", "--help") and DEFAULT not in node:
             return _help(prog, node)
         if word == "--version" and index == 0:
             return f"dist-llm {__version__}"
+        if DEFAULT in node and ("=" in word or word.startswith("-")):
+            node = node[DEFAULT]
+            assert isinstance(node, Command)
+            return node, prog, words[index:]
         if word not in node:
             near = difflib.get_close_matches(word, node, n=1)
             hint = f": did you mean {near[0]}?" if near else f"; use one of {', '.join(node)}"
             raise ConfigError(f"{word!r} is not a command of {prog}{hint}")
         node = node[word]
+    node = node.get(DEFAULT, node) if not isinstance(node, Command) else node
     if isinstance(node, Command):
         return node, " ".join(["dist-llm", *words]), []
     prog = " ".join(["dist-llm", *words])
@@ -90,5 +97,5 @@ def _help(prog: str, node: Mapping[str, Command | Group] | Group) -> str:
         if isinstance(entry, Command):
             lines.append(f"  {name:<22}{entry.summary}")
         else:
-            lines.extend(f"  {f'{name} {leaf}':<22}{command.summary}" for leaf, command in entry.items())
+            lines.extend(f"  {f'{name} {leaf}'.strip():<22}{command.summary}" for leaf, command in entry.items())
     return "\n".join([*lines, "", _FOOT])

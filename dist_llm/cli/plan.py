@@ -1,4 +1,4 @@
-"""`dist-llm plan`: what a run would be. Which layouts are legal, and how a pipeline schedule would go."""
+"""`dist-llm plan layouts`: which layouts are legal, and how a pipeline schedule would go; and the group `plan`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 
 from dist_llm.cli.dry_run import DRY_RUN
 from dist_llm.cli.parse import Answer, Command, add_config, add_json, compose_arguments
+from dist_llm.cli.plan_budget import BUDGET
+from dist_llm.cli.plan_fit import FIT
+from dist_llm.cli.plan_ladder import LADDER
 from dist_llm.cli.plan_predict import PREDICT
 from dist_llm.errors import ConfigError, ExitCode, StorageError, Violation
 
@@ -122,7 +125,10 @@ def _trace(config: RunConfig, ranks: int, path: Path) -> dict[str, object]:
 
 
 COMMANDS = {
+    "": BUDGET,
     "layouts": Command("the legal layouts on so many ranks; a schedule as a picture", add_layouts_arguments, layouts),
     "dry-run": DRY_RUN,
     "predict": PREDICT,
+    "ladder": LADDER,
+    "fit": FIT,
 }

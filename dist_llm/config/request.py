@@ -1,4 +1,4 @@
-"""What a plan starts from: a budget, a cluster, the text there is and what the model will serve; nulls are for the plan.
+"""What a plan starts from: a budget, a cluster, the text there is, what the model will serve. Nulls are for the plan.
 
 A request is not a run: `dist-llm plan` takes it, and the config that it writes is a run.
 """
@@ -10,9 +10,9 @@ from typing import Literal
 from pydantic import Field
 
 from dist_llm.config.base import Count, Section
+from dist_llm.config.cluster import ClusterConfig
 from dist_llm.config.inputs import DataConfig
 from dist_llm.config.model import ModelConfig, MoEConfig
-from dist_llm.config.operations import ClusterConfig
 
 MOST = 1e30
 """More than any budget, so that products of figures stay finite."""
@@ -33,7 +33,7 @@ class DataRequest(Section):
     """The text there is."""
 
     tokens: float | None = Field(None, ge=1, le=MOST)
-    """Distinct tokens; where the plan needs more they are repeated (Muennighoff et al. 2023). null: as many as needed."""
+    """Distinct tokens; where more are needed they are repeated (Muennighoff et al. 2023). null: as many as needed."""
     seq_len: Count | None = None
     """Length of a training sequence, in tokens; null: 2048 below a billion parameters, else 4096."""
     global_batch: Count | None = None
@@ -46,7 +46,7 @@ class ServingRequest(Section):
     """What the trained model will do."""
 
     tokens: float = Field(0.0, ge=0, le=MOST)
-    """Tokens that it will read and write; with many a smaller model, trained longer, is cheaper (Sardana et al. 2024)."""
+    """Tokens that it will read and write; with many a smaller model trained longer is cheaper (Sardana et al. 2024)."""
 
 
 class ModelRequest(Section):

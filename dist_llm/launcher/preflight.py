@@ -104,7 +104,7 @@ def memory(config: RunConfig) -> Iterator[Finding]:
 
 def cores(config: RunConfig) -> Iterator[Finding]:
     """Say how many cores this job may use, and how many threads each rank takes."""
-    from dist_llm.runtime.process import usable_cores
+    from dist_llm.runtime.cores import usable_cores
 
     usable, ranks = usable_cores(), config.launcher.nproc
     threads = config.launcher.threads if config.launcher.threads is not None else max(1, usable // ranks)

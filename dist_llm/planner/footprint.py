@@ -119,9 +119,7 @@ def predict_memory(config: RunConfig, ranks: int, release: Release | None = None
 def _on_device(components: Components, device: DeviceMemory) -> Components:
     """Add what a device holds beside tensors of the model."""
     whole = replace(components, workspace=device.workspace_bytes)
-    return replace(
-        whole, fragmentation=int(whole.allocated * device.fragmentation), reserve=device.reserve_bytes
-    )
+    return replace(whole, fragmentation=int(whole.allocated * device.fragmentation), reserve=device.reserve_bytes)
 
 
 def _pipe(config: RunConfig, ranks: int) -> tuple[Pipe, int]:
@@ -130,7 +128,9 @@ def _pipe(config: RunConfig, ranks: int) -> tuple[Pipe, int]:
     data = data_ranks(config, ranks)
     if data is None:
         words = f"must be whole copies of the model's {parallel.model_ranks} ranks"
-        raise ConfigError([Violation("ranks", ranks, words, (max(1, ranks // parallel.model_ranks) * parallel.model_ranks,))])
+        raise ConfigError(
+            [Violation("ranks", ranks, words, (max(1, ranks // parallel.model_ranks) * parallel.model_ranks,))]
+        )
     count = num_microbatches(config, ranks)
     if count is None:
         unit = data * config.data.microbatch

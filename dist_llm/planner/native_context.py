@@ -66,7 +66,9 @@ def _ulysses(ops: Operations, qkv: Attended, parallel: ParallelConfig, share: Sh
     del joined
     whole = ops.tape.apply([came], (total, query.width), (), total * query.width)
     del came
-    parts = [ops.tape.record(Value(whole.buffer, x.numel, x.width, whole.node), [whole], ()) for x in (query, key, value)]
+    parts = [
+        ops.tape.record(Value(whole.buffer, x.numel, x.width, whole.node), [whole], ()) for x in (query, key, value)
+    ]
     sizes = parallel.context // together
     del whole
     out = _attend(ops, (parts[0], parts[1], parts[2]), sizes, share, head)

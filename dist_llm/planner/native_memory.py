@@ -50,7 +50,10 @@ def native_rank(
     place = place_of(config.parallel, data, index, 0)
     stages = rank_stages(config.model, config.parallel, index)
     memories = {stage.index: stage_memory(config, stage) for stage in stages}
-    states = {stage.index: _state(config, place, stage, (data * config.parallel.context, pipe.microbatches), release) for stage in stages}
+    states = {
+        stage.index: _state(config, place, stage, (data * config.parallel.context, pipe.microbatches), release)
+        for stage in stages
+    }
     schedule = _Schedule(pipe, index, release >= IN_PLACE)
     rows = {
         stage.index: _with_activations(
@@ -71,9 +74,7 @@ class _Schedule:
     as_needed: bool
 
 
-def _state(
-    config: RunConfig, place: Place, stage: StagePlan, times: tuple[int, int], release: Release
-) -> Components:
+def _state(config: RunConfig, place: Place, stage: StagePlan, times: tuple[int, int], release: Release) -> Components:
     """Return the parameters, gradients and optimizer state of a stage, each at its most.
 
     times: ranks of data x context, and microbatches of a step.

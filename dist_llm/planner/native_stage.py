@@ -102,7 +102,14 @@ def _part(key: _Key, kind: str, flag: bool, again: bool, tied: bool) -> PartMemo
     alone = tied and kind == "head"
     first, later = (_run(key.setting, kind, flag, again, accumulates) for accumulates in (alone, True))
     return PartMemory(
-        later.held, later.output, later.forward, first.backward, later.backward, first.waiting, first.weights, first.stays
+        later.held,
+        later.output,
+        later.forward,
+        first.backward,
+        later.backward,
+        first.waiting,
+        first.weights,
+        first.stays,
     )
 
 

@@ -1,9 +1,9 @@
-"""Layouts worth weighing: for each split of the ranks the microbatch, ZeRO stage, recompute and schedule that people use.
+"""Layouts worth weighing: for each split of the ranks the microbatch, ZeRO stage, recompute and schedule in use.
 
     tp <= devices a node;  pp x chunks <= layers;  cp from 8192 tokens;  ep where there are experts;  dp is what is left
 
-`plan layouts` lists all that is legal; of those that differ in nothing a cost model sees, one is proposed here. Whether a
-proposal is legal is asked of the rules (config/checks.py).
+`plan layouts` lists all that is legal; of those that differ in nothing a cost model sees, one is proposed here. Whether
+a proposal is legal is asked of the rules (config/checks.py).
 """
 
 from __future__ import annotations

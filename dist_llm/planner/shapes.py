@@ -20,13 +20,14 @@ from dist_llm.config.request import ModelRequest
 SMALL, MIDDLE, LARGE = 1e9, 3e9, 8e9
 """Parameters from which heads are 128 wide and embeddings apart, the vocabulary is large, and key heads are shared."""
 
+MOST_SHAPES = 5
 FEWEST_PARAMS = 2e4
 """Parameters of the smallest model that is searched."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model, its parameters (embeddings included), those that a token meets, and what it costs against the optimum."""
+    """A model, its parameters (embeddings included), those that a token meets, and its cost against the optimum."""
 
     model: ModelConfig
     num_params: int
@@ -48,34 +49,43 @@ def measure(model: ModelConfig) -> Shape:
     return Shape(model, num_parameters(model), active_parameters(model))
 
 
-def search_shapes(
-    wish: ModelRequest, seq_len: int, target: float, loss_ratio: Callable[[float], float], most: int = 5
-) -> list[Shape]:
-    """Return the `most` cheapest shapes of about `target` parameters that a token meets, the best first.
+def law_parameters(shape: Shape, embeddings: bool) -> int:
+    """Return the parameters that a token meets as a law counts them: with the embeddings or without."""
+    model = shape.model
+    tables = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
+    positions = model.max_seq_len * model.hidden_size if model.position == "learned" else 0
+    return shape.active_params - (0 if embeddings else tables + positions)
 
-    loss_ratio(N): predicted loss with N parameters and the same compute, over the optimum's. Empty where no shape that
-    agrees with what is fixed comes near.
+
+def search_shapes(
+    wish: ModelRequest, seq_len: int, target: float, embeddings: bool, loss_ratio: Callable[[float], float]
+) -> list[Shape]:
+    """Return the cheapest shapes of about `target` parameters that a token meets, the best first.
+
+    embeddings: whether they count. loss_ratio(N): predicted loss with N parameters and the same compute, over the
+    optimum's. Empty where no shape agrees with what is fixed.
     """
     found = []
-    for shape in _shapes(wish, seq_len, target):
+    for shape in _shapes(wish, seq_len, target, embeddings):
         aspect = shape.model.hidden_size / shape.model.num_layers
-        apart = math.log(aspect / usual_aspect(shape.active_params)) / math.log(4)
-        cost = loss_ratio(shape.active_params) - 1 + 0.01 * apart**2
+        counted = law_parameters(shape, embeddings)
+        apart = math.log(aspect / usual_aspect(counted)) / math.log(4)
+        cost = loss_ratio(counted) - 1 + 0.01 * apart**2
         found.append(Shape(shape.model, shape.num_params, shape.active_params, cost))
-    return sorted(found, key=lambda shape: (shape.cost, shape.num_params))[:most]
+    return sorted(found, key=lambda shape: (shape.cost, shape.num_params))[:MOST_SHAPES]
 
 
 def usual_aspect(num_params: float) -> float:
     """Return hidden / layers of published models of that size."""
-    return min(128.0, max(24.0, 64 * (num_params / 1.24e8) ** 0.172))
+    return float(min(128.0, max(24.0, 64 * (num_params / 1.24e8) ** 0.172)))
 
 
-def _shapes(wish: ModelRequest, seq_len: int, target: float) -> Iterator[Shape]:
+def _shapes(wish: ModelRequest, seq_len: int, target: float, embeddings: bool) -> Iterator[Shape]:
     """Yield for each width the depth that comes closest to the target from below and from above."""
     for width in [wish.hidden_size] if wish.hidden_size else _widths(target):
         one, two = (measure(build_model(wish, seq_len, target, width, layers)) for layers in (1, 2))
         each = two.active_params - one.active_params
-        exact = 1 + (target - one.active_params) / each
+        exact = 1 + (target - law_parameters(one, embeddings)) / each
         step = _layer_step(target)
         near = {max(1, step * math.floor(exact / step)), max(1, step * math.ceil(exact / step))}
         for layers in [wish.num_layers] if wish.num_layers else sorted(near):

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, HashStore, Store  # torch.distributed does not export them
 
 from dist_llm.errors import ConfigError, LayoutError, PeerLostError, StorageError, Violation
+from dist_llm.runtime.cores import usable_cores
 from dist_llm.runtime.device import resolve_device
 from dist_llm.runtime.lifeline import die_with_launcher
 from dist_llm.runtime.ranks import RankInfo
@@ -92,21 +93,6 @@ def forget_placements() -> None:
     clear = getattr(shapes, "cache_clear", None)
     if clear is not None:
         clear()
-
-
-def usable_cores() -> int:
-    """Return the cores that this job may use on this node, whatever core the launcher bound this rank to."""
-    if sys.platform != "linux":
-        return os.cpu_count() or 1
-    bound = os.sched_getaffinity(0)
-    try:
-        # The kernel cuts the widest mask down to the job's own cpuset (container or SLURM cgroup); then it is put back.
-        os.sched_setaffinity(0, range(8192))
-        return len(os.sched_getaffinity(0))
-    except OSError:
-        return len(bound)
-    finally:
-        os.sched_setaffinity(0, bound)
 
 
 _PEER_LOSS_PHRASES = (

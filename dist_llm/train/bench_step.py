@@ -30,7 +30,8 @@ from dist_llm.runtime.device import device_name, peak_memory_gib, resolve_device
 from dist_llm.runtime.ledger import CollectiveLedger
 from dist_llm.runtime.mesh import build_mesh
 from dist_llm.runtime.pool import WorkerPool
-from dist_llm.runtime.process import prepare_rank, usable_cores
+from dist_llm.runtime.cores import usable_cores
+from dist_llm.runtime.process import prepare_rank
 from dist_llm.runtime.seed import set_determinism
 from dist_llm.train.engines import REFERENCE, Build, on_engine, problems, said
 from dist_llm.train.layouts import MOST_RANKS, given, ranks_for

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dist_llm.config.run import RunConfig
-from dist_llm.runtime.process import usable_cores
+from dist_llm.runtime.cores import usable_cores
 
 
 def peak_flops(config: RunConfig, device_type: str, ranks: int, nodes: int) -> float | None:

@@ -8,8 +8,6 @@ Components add up to the step: those of the dearest stage, then the bubble, mess
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,6 +26,7 @@ from dist_llm.planner.cost.seconds import REASONS
 from dist_llm.planner.cost.shape import Shape, shape_of
 from dist_llm.planner.cost.sharding import Cover, Exchange, Held, exchange_seconds, part_numel, update_seconds
 from dist_llm.planner.cost.stage import Blocks, StageSeconds, stage_seconds
+from dist_llm.runtime.cores import usable_cores
 
 COMPONENTS = (
     *REASONS,
@@ -118,7 +117,7 @@ def node_devices(config: RunConfig) -> int:
     """Return the devices of a node: as the cluster says, else this machine's usable cores."""
     if config.cluster.devices_per_node is not None:
         return config.cluster.devices_per_node
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return usable_cores()
 
 
 def _place(config: RunConfig, ranks: int) -> tuple[int, float]:

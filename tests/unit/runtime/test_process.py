@@ -12,7 +12,8 @@ import pytest
 import torch.distributed as dist
 
 from dist_llm.errors import LayoutError, PeerLostError, StorageError
-from dist_llm.runtime.process import STORE_VARIABLE, is_peer_loss, start_process, usable_cores
+from dist_llm.runtime.cores import usable_cores
+from dist_llm.runtime.process import STORE_VARIABLE, is_peer_loss, start_process
 from dist_llm.runtime.ranks import RankInfo
 
 ROOT = Path(__file__).parents[3]

@@ -1,0 +1,159 @@
+"""A plan as plain data for JSON, and the reason for each choice in one sentence."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from dist_llm.planner.front import Point, pareto_front
+from dist_llm.planner.plan import Plan
+from dist_llm.planner.ranking import FULL, Ranked
+from dist_llm.planner.sizing import spread_of
+
+
+def describe(plan: Plan, top: int) -> dict[str, Any]:
+    """Return the plan with its `top` fastest layouts, the Pareto front of memory and time, and the reasons."""
+    size, spending, data = plan.size, plan.spending, plan.config.data
+    params_spread, tokens_spread = spread_of(plan.compared)
+    points = [Point(each.peak_gib, each.step.seconds, each.name) for each in plan.ranking.fitting]
+    return {
+        "flops": plan.flops,
+        "law": {"name": plan.law.name, "citation": plan.law.citation},
+        "model": _model(plan),
+        "tokens": plan.tokens,
+        "tokens_interval": size.tokens_interval,
+        "tokens_spread": tokens_spread,
+        "num_params_spread": params_spread,
+        "epochs": size.epochs,
+        "loss": size.loss,
+        "loss_interval": size.loss_interval,
+        "serving": {"saved_flops": size.saved_flops, "saved_share": size.saved_share} if size.saved_flops else None,
+        "laws": [
+            {"name": law.name, "num_params": best.num_params, "tokens": best.tokens, "loss": best.loss}
+            for law, best in plan.compared
+        ],
+        "shapes": [_shape(plan, index) for index in range(len(plan.shapes))],
+        "batch": {"sequences": data.global_batch, "seq_len": data.seq_len, **asdict(plan.batch)},
+        "optimizer": {"lr": plan.config.optimizer.lr, "warmup_steps": plan.config.schedule.warmup_steps},
+        "steps": plan.steps,
+        "layouts": [describe_layout(each) for each in plan.ranking.fitting[:top]],
+        "pareto": [asdict(point) for point in pareto_front(points)],
+        "num_layouts": {"weighed": plan.ranking.proposed, "fit": len(plan.ranking.fitting)},
+        "step_seconds": plan.best.step.seconds,
+        "mfu": plan.best.step.mfu,
+        "days": spending.days,
+        "gpu_hours": spending.device_hours,
+        "usd": spending.usd,
+        "kilowatt_hours": spending.kilowatt_hours,
+        "interruptions": {**asdict(spending.reliability), "save_seconds": spending.save_seconds},
+        "checkpoint_interval_steps": plan.config.checkpoint.interval,
+        "reasons": [{"choice": choice, "because": why} for choice, why in reasons(plan)],
+    }
+
+
+def describe_layout(ranked: Ranked) -> dict[str, Any]:
+    """Return a layout with what is foretold of it."""
+    step, parallel = ranked.step, ranked.config.parallel
+    keys = ("tensor", "sequence", "pipeline", "virtual_pipeline", "schedule", "context", "expert", "data", "zero")
+    return {
+        "name": ranked.name,
+        "overrides": {
+            **{f"parallel.{key}": getattr(parallel, key) for key in keys},
+            "parallel.recompute": parallel.recompute,
+            "data.microbatch": ranked.config.data.microbatch,
+        },
+        "step_seconds": step.seconds,
+        "components": dict(step.components),
+        "mfu": step.mfu,
+        "bound_by": step.bound_by,
+        "memory_gib": ranked.memory.memory_gib(),
+    }
+
+
+def reasons(plan: Plan) -> list[tuple[str, str]]:
+    """Return each choice with why it was made."""
+    return [_why_size(plan), _why_shape(plan), _why_batch(plan), _why_layout(plan), *_why_spending(plan)]
+
+
+def _model(plan: Plan) -> dict[str, Any]:
+    shape = plan.shape
+    interval = plan.size.num_params_interval
+    return {
+        "num_params": shape.num_params,
+        "active_params": shape.active_params,
+        "num_params_interval": interval,
+        **plan.config.model.model_dump(mode="json"),
+    }
+
+
+def _shape(plan: Plan, index: int) -> dict[str, Any]:
+    shape = plan.shapes[index]
+    keys = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "ffn_hidden_size", "vocab_size")
+    return {
+        **{key: getattr(shape.model, key) for key in keys},
+        "num_params": shape.num_params,
+        "active_params": shape.active_params,
+        "cost": shape.cost,
+    }
+
+
+def _why_size(plan: Plan) -> tuple[str, str]:
+    size, (params, tokens) = plan.size, spread_of(plan.compared)
+    loss = "" if size.loss is None else f", loss {size.loss:.4f}"
+    choice = f"{plan.shape.num_params:,} parameters on {plan.tokens:,} tokens{loss}"
+    others = f"; the laws of the Chinchilla runs say {params[0]:.3g} to {params[1]:.3g} and {tokens[0]:.3g} to "
+    return choice, f"{size.why}{others}{tokens[1]:.3g}"
+
+
+def _why_shape(plan: Plan) -> tuple[str, str]:
+    model = plan.shape.model
+    choice = (
+        f"{model.num_layers} layers of {model.hidden_size}, {model.num_heads} heads ({model.kv_heads} for keys), "
+        f"feed-forward {model.ffn_hidden_size}, {model.vocab_size} tokens"
+    )
+    if plan.request.preset is not None:
+        return choice, "the model is given"
+    aspect = model.hidden_size / model.num_layers
+    return choice, f"of widths that matrix units and tp split evenly it is nearest in size, {aspect:.0f} wide a layer"
+
+
+def _why_batch(plan: Plan) -> tuple[str, str]:
+    data, batch = plan.config.data, plan.batch
+    low, high = batch.batch_tokens_spread
+    rates = batch.learning_rate_spread
+    choice = (
+        f"{data.global_batch} sequences of {data.seq_len} tokens a step, {plan.steps:,} steps, learning rate "
+        f"{plan.config.optimizer.lr:.3g} after {plan.config.schedule.warmup_steps} steps of warm-up"
+    )
+    why = f"Step Law (Li et al. 2025); published laws lie between {low:.3g} and {high:.3g} tokens, "
+    return choice, f"{why}{rates[0]:.2g} and {rates[1]:.2g}"
+
+
+def _why_layout(plan: Plan) -> tuple[str, str]:
+    best, ranking = plan.best, plan.ranking
+    choice = f"{best.name} on {plan.nodes} nodes: {best.step.seconds:.3g} s a step, MFU {100 * best.step.mfu:.1f} %"
+    why = (
+        f"the fastest of {len(ranking.fitting)} that fit in {FULL:.0%} of {plan.request.cluster.memory_gib:g} GiB "
+        f"(of {ranking.proposed} weighed); its fullest device needs {best.peak_gib:.1f} GiB, and its step is bound by "
+        f"{best.step.bound_by.replace('_', ' ')}"
+    )
+    return choice, why
+
+
+def _why_spending(plan: Plan) -> list[tuple[str, str]]:
+    spending, cluster = plan.spending, plan.request.cluster
+    found = spending.reliability
+    cost = (
+        f"{spending.days:.3g} days, {spending.device_hours:,.0f} device-hours, {spending.usd:,.0f} USD, "
+        f"{spending.kilowatt_hours:,.0f} kWh"
+    )
+    price = (
+        f"{cluster.usd_per_device_hour:g} USD an hour and {cluster.watts_per_device:g} W a device of {cluster.name}; "
+        f"steps advance in {found.goodput:.1%} of the time"
+    )
+    saves = f"a checkpoint every {plan.config.checkpoint.interval} steps"
+    failures = (
+        f"a failure is expected every {found.job_mtbf_hours:,.0f} hours ({found.interruptions:.2g} in all) and a save "
+        f"takes {spending.save_seconds:.2g} s (Daly 2006)"
+    )
+    return [(cost, price), (saves, failures)]

@@ -1,0 +1,71 @@
+"""A plan as the config of a run: everything but its layout, which is chosen after, by weighing what fits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dist_llm.config.cluster import ClusterConfig
+from dist_llm.config.decode import decode
+from dist_llm.config.inputs import DataConfig
+from dist_llm.config.model import ModelConfig
+from dist_llm.config.request import PlanRequest
+from dist_llm.config.run import RunConfig
+from dist_llm.planner.batch_laws import Recommendation
+from dist_llm.runtime.cores import usable_cores
+
+WARMUP_SHARE, MOST_WARMUP = 0.01, 2000
+"""Warm-up is a hundredth of the steps, at most 2000 (Touvron et al. 2023), but at least ten."""
+
+
+def devices_of(cluster: ClusterConfig) -> int:
+    """Return the devices of a node; of a CPU box without a number, this machine's usable cores."""
+    return cluster.devices_per_node or usable_cores()
+
+
+def warmup_steps(steps: int) -> int:
+    """Return the steps of warm-up of a run."""
+    return min(steps, max(10, min(MOST_WARMUP, round(WARMUP_SHARE * steps))))
+
+
+def draft_config(
+    request: PlanRequest,
+    model: ModelConfig,
+    batch: Recommendation,
+    sizes: tuple[int, int, int],
+    machines: tuple[int, int],
+) -> RunConfig:
+    """Return the run of a model, not yet split. sizes: sequences, their length, steps; machines: nodes, each.
+
+    Optimizer and schedule are those of Llama 2 (Touvron et al. 2023), learning rate and batch those of a power law.
+    """
+    sequences, seq_len, steps = sizes
+    nodes, each = machines
+    on_cpu = request.cluster.device == "cpu"
+    tree: dict[str, Any] = {
+        "run": {"name": f"plan-{request.model.family}", "steps": steps, "deterministic": on_cpu},
+        "device": "cpu" if on_cpu else "cuda",
+        "model": model.model_dump(),
+        "parallel": {},
+        "engine": {"name": request.engine},
+        "optimizer": {"lr": float(f"{batch.learning_rate:.3g}")},
+        "schedule": {"name": "cosine", "warmup_steps": warmup_steps(steps)},
+        "precision": {"name": request.precision or ("fp32" if on_cpu else "bf16")},
+        "data": {
+            "path": request.data.path,
+            "seq_len": seq_len,
+            "global_batch": sequences,
+            "microbatch": 1,
+            "max_corpus_mib": DataConfig.model_fields["max_corpus_mib"].default,
+        },
+        "tokenizer": {},
+        "checkpoint": {},
+        "telemetry": {},
+        "launcher": {"name": launcher_of(request, nodes), "nproc": each, "nodes": nodes},
+        "cluster": request.cluster.model_dump(),
+    }
+    return decode(tree)
+
+
+def launcher_of(request: PlanRequest, nodes: int) -> str:
+    """Return what starts the ranks: as asked, else this machine on one node and SLURM on more."""
+    return request.launcher or ("local" if nodes == 1 else "slurm")

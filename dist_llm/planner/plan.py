@@ -1,0 +1,197 @@
+"""From a budget to a plan: FLOPs -> parameters and tokens -> shape -> batch -> layout -> time, money, interruptions.
+
+A budget of device-hours or money is one of FLOPs at the utilisation that the plan itself reaches: planned, measured
+against the budget, and planned again until the two agree.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dist_llm.config.request import PlanRequest
+from dist_llm.config.run import RunConfig
+from dist_llm.errors import ConfigError, Violation
+from dist_llm.planner.batch_laws import Recommendation, recommend
+from dist_llm.planner.draft import devices_of, draft_config
+from dist_llm.planner.laws import Law, Optimum
+from dist_llm.planner.ranking import Ranked, Ranking, rank_layouts
+from dist_llm.planner.refusals import refuse_batch, refuse_budget, refuse_memory, refuse_years
+from dist_llm.planner.shapes import FEWEST_PARAMS, Shape, law_parameters, measure, search_shapes
+from dist_llm.planner.sizing import Size, choose_size, compared_laws, size_of_model, with_params
+from dist_llm.planner.spending import Spending, spend
+
+CLOSE = 0.01
+"""How near a budget of device-hours or money is met."""
+
+MOST_ROUNDS = 8
+MOST_DAYS = 3653.0
+"""A plan that takes longer than ten years is none."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan, and what it was chosen from. config: with the best layout; it trains."""
+
+    request: PlanRequest
+    law: Law
+    flops: float
+    size: Size
+    compared: tuple[tuple[Law, Optimum], ...]
+    shapes: tuple[Shape, ...]
+    batch: Recommendation
+    steps: int
+    ranking: Ranking
+    spending: Spending
+    config: RunConfig
+
+    @property
+    def shape(self) -> Shape:
+        """The chosen shape."""
+        return self.shapes[0]
+
+    @property
+    def best(self) -> Ranked:
+        """The fastest layout that fits."""
+        return self.ranking.fitting[0]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the steps train on."""
+        data = self.config.data
+        return self.steps * data.global_batch * data.seq_len
+
+    @property
+    def nodes(self) -> int:
+        """Nodes that it runs on."""
+        return self.config.launcher.nodes
+
+
+def make_plan(request: PlanRequest, law: Law) -> Plan:
+    """Return the plan of a request. Raises ConfigError with what cannot be, and what comes nearest."""
+    budget = request.budget
+    given = {name: value for name, value in budget.model_dump().items() if value is not None}
+    if len(given) != 1:
+        raise refuse_budget(given)
+    if budget.flops is not None:
+        plan = _plan_flops(request, law, budget.flops)
+    else:
+        plan = _plan_hours(request, law)
+    if plan.spending.days > MOST_DAYS:
+        raise refuse_years(request, plan.spending.days, MOST_DAYS, plan.flops)
+    return plan
+
+
+def _plan_hours(request: PlanRequest, law: Law) -> Plan:
+    """Return a plan whose device-hours are the budget's."""
+    cluster, budget = request.cluster, request.budget
+    hours = budget.gpu_hours
+    if hours is None:
+        if not cluster.usd_per_device_hour:
+            rule = "needs a price: set cluster.usd_per_device_hour"
+            raise ConfigError([Violation("budget.usd", budget.usd, rule)])
+        hours = float(budget.usd or 0) / cluster.usd_per_device_hour
+    peak = getattr(cluster.peak_tflops, precision_of(request)) * 1e12
+    flops = hours * 3600 * peak * 0.4
+    for _ in range(MOST_ROUNDS):
+        plan = _plan_flops(request, law, flops)
+        apart = hours / plan.spending.device_hours
+        if abs(apart - 1) <= CLOSE:
+            break
+        flops *= apart
+    return plan
+
+
+def _plan_flops(request: PlanRequest, law: Law, flops: float) -> Plan:
+    """Return the plan of so many training FLOPs."""
+    size, shapes = _model(request, law, flops)
+    shape = shapes[0]
+    seq_len = _seq_len(request, shape.num_params)
+    batch = recommend(law_parameters(shape, embeddings=False), size.tokens, seq_len)
+    nodes, devices = _machines(request)
+    sequences = request.data.global_batch or round_batch(batch.batch_sequences)
+    while True:
+        steps = max(1, round(size.tokens / (sequences * seq_len)))
+        draft = draft_config(request, shape.model, batch, (sequences, seq_len, steps), (nodes, devices // nodes))
+        ranking = rank_layouts(draft, devices)
+        if ranking.proposed or request.data.global_batch or sequences >= 4 * batch.batch_sequences:
+            break
+        sequences *= 2
+    if not ranking.proposed:
+        raise refuse_batch(request, sequences, devices)
+    if not ranking.fitting:
+        raise refuse_memory(request, shape, ranking, nodes)
+    best = ranking.fitting[0]
+    spending = spend(request.cluster, devices, nodes, shape.num_params, steps * best.step.seconds)
+    config = _with_checkpoints(best, spending)
+    compared = tuple(compared_laws(law, flops))
+    return Plan(request, law, flops, size, compared, shapes, batch, steps, ranking, spending, config)
+
+
+def _model(request: PlanRequest, law: Law, flops: float) -> tuple[Size, tuple[Shape, ...]]:
+    """Return size and shapes, the best first, for a budget."""
+    unique = request.data.tokens
+    if request.preset is not None:
+        shape = measure(request.preset)
+        params = law_parameters(shape, law.counts_embeddings)
+        return size_of_model(law, params, flops, unique), (shape,)
+    size = choose_size(law, flops, unique, request.serving.tokens)
+    if size.num_params < FEWEST_PARAMS:
+        rule = f"is too little to train anything: {law.name} asks for {size.num_params:.2g} parameters"
+        raise ConfigError([Violation("budget.flops", flops, rule, (float(f"{least_flops(law):.2g}"),))])
+    seq_len = _seq_len(request, size.num_params)
+    judge = law if size.loss is not None else None
+
+    def loss_ratio(num_params: float) -> float:
+        if judge is None or size.loss is None:
+            return 1 + 0.02 * math.log(num_params / size.num_params) ** 2
+        return (with_params(judge, size, num_params, unique).loss or size.loss) / size.loss
+
+    shapes = tuple(search_shapes(request.model, seq_len, size.num_params, law.counts_embeddings, loss_ratio))
+    if not shapes:
+        rule = f"leaves no shape of about {size.num_params:.3g} parameters: free hidden_size or num_layers"
+        raise ConfigError([Violation("model.hidden_size", request.model.hidden_size, rule)])
+    exact = with_params(law, size, law_parameters(shapes[0], law.counts_embeddings), unique)
+    return exact, shapes
+
+
+def least_flops(law: Law) -> float:
+    """Return a budget for which the law asks for the smallest model that is searched."""
+    flops = 1e6
+    while law.optimal(flops).num_params < FEWEST_PARAMS:
+        flops *= 1.5
+    return flops
+
+
+def precision_of(request: PlanRequest) -> str:
+    """Return the format of products: as asked, else bf16 on GPUs and fp32 on CPUs."""
+    return request.precision or ("fp32" if request.cluster.device == "cpu" else "bf16")
+
+
+def _seq_len(request: PlanRequest, num_params: float) -> int:
+    if request.data.seq_len is not None:
+        return request.data.seq_len
+    if request.preset is not None:
+        return min(4096, request.preset.max_seq_len)
+    return 4096 if num_params >= 1e9 else 2048 if num_params >= 1e8 else 512
+
+
+def _machines(request: PlanRequest) -> tuple[int, int]:
+    """Return nodes and devices."""
+    nodes = request.cluster.nodes or 1
+    return nodes, nodes * devices_of(request.cluster)
+
+
+def round_batch(sequences: float) -> int:
+    """Return the number of form 2^k or 3 x 2^k that is nearest, so that many layouts divide it."""
+    exponent = max(0, math.floor(math.log2(max(1.0, sequences))))
+    near = [2**exponent, 3 * 2 ** (exponent - 1) if exponent else 2, 2 ** (exponent + 1)]
+    return int(min(near, key=lambda number: abs(math.log(number / max(1.0, sequences)))))
+
+
+def _with_checkpoints(best: Ranked, spending: Spending) -> RunConfig:
+    """Return the config of the best layout, saving at Daly's interval."""
+    steps = round(spending.reliability.checkpoint_interval_seconds / best.step.seconds)
+    interval = min(max(1, steps), best.config.run.steps)
+    checkpoint = best.config.checkpoint.model_copy(update={"interval": interval})
+    return best.config.model_copy(update={"checkpoint": checkpoint})

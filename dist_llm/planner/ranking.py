@@ -1,0 +1,66 @@
+"""Layouts of a model on so many ranks, the fastest that fits first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dist_llm.config.run import RunConfig
+from dist_llm.planner.cost.step import StepTime, node_devices, predict_step
+from dist_llm.planner.footprint import GIB, Footprint, predict_memory
+from dist_llm.planner.proposals import propose_layouts
+
+FULL = 0.95
+"""Share of a device's memory that a plan fills at the most."""
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A layout as a config, with the time of its step and its memory."""
+
+    config: RunConfig
+    memory: Footprint
+    step: StepTime
+
+    @property
+    def peak_gib(self) -> float:
+        """Memory of the fullest device, in GiB."""
+        return self.memory.peak_bytes / GIB
+
+    @property
+    def name(self) -> str:
+        """The layout in the field's short words, as in `tp8 pp2 dp4 zero1 mb1 full`."""
+        parallel = self.config.parallel
+        sizes = (("tp", parallel.tensor), ("cp", parallel.context), ("pp", parallel.pipeline), ("vpp", parallel.chunks))
+        more = (("ep", parallel.expert), ("dp", parallel.data or 1))
+        words = [f"{axis}{number}" for axis, number in (*sizes, *more) if number > 1]
+        words += [f"zero{parallel.zero}", f"mb{self.config.data.microbatch}"]
+        return " ".join([*words, *([parallel.recompute] if parallel.recompute != "none" else [])])
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """All proposed layouts that fit, fastest first, and of those that do not the one that needs the least."""
+
+    fitting: tuple[Ranked, ...]
+    too_large: Ranked | None
+    proposed: int
+
+
+def rank_layouts(config: RunConfig, ranks: int) -> Ranking:
+    """Weigh the layouts that are worth it for the config's model and batch on `ranks` ranks."""
+    limit = FULL * config.cluster.memory_gib
+    fitting: list[Ranked] = []
+    smallest: tuple[int, RunConfig, Footprint] | None = None
+    proposed = 0
+    for each in propose_layouts(config, ranks, node_devices(config)):
+        proposed += 1
+        memory = predict_memory(each, ranks)
+        if memory.fits(limit):
+            fitting.append(Ranked(each, memory, predict_step(each, ranks)))
+        elif smallest is None or memory.peak_bytes < smallest[0]:
+            smallest = (memory.peak_bytes, each, memory)
+    fitting.sort(key=lambda ranked: (ranked.step.seconds, ranked.peak_gib))
+    too_large = None
+    if smallest is not None and not fitting:
+        too_large = Ranked(smallest[1], smallest[2], predict_step(smallest[1], ranks))
+    return Ranking(tuple(fitting), too_large, proposed)

@@ -1,0 +1,74 @@
+"""What to say when there is no plan: which setting, why, and the nearest that there is a plan for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dist_llm.config.request import PlanRequest
+from dist_llm.errors import ConfigError, Violation
+from dist_llm.planner.ranking import FULL, Ranking
+from dist_llm.planner.shapes import Shape
+
+MOST_NODES = 2**14
+
+
+def refuse_budget(given: Mapping[str, float]) -> ConfigError:
+    """Return the error of a request with no budget, or with several."""
+    if not given:
+        rule = "must be given, or budget.gpu_hours or budget.usd: a plan starts from what may be spent"
+        return ConfigError([Violation("budget.flops", None, rule, (1e21,))])
+    names = " and ".join(f"budget.{name}" for name in given)
+    return ConfigError(
+        [Violation(f"budget.{name}", value, f"is one of {names}: give one") for name, value in given.items()]
+    )
+
+
+def refuse_years(request: PlanRequest, days: float, most_days: float, flops: float) -> ConfigError:
+    """Return the error of a plan that takes too long on the nodes there are."""
+    nodes = request.cluster.nodes or 1
+    less = float(f"{0.9 * flops * most_days / days:.2g}")
+    more = min(MOST_NODES, int(nodes * days / most_days) + 1)
+    rule = f"would take {days:,.0f} days; {most_days / 365.25:.0f} years of them do {less:.2g} FLOPs"
+    return ConfigError([Violation("cluster.nodes", nodes, rule, (more,)), *_less(request, less)])
+
+
+def refuse_batch(request: PlanRequest, sequences: int, devices: int) -> ConfigError:
+    """Return the error of more devices than a batch can be dealt to."""
+    nodes = request.cluster.nodes or 1
+    rule = f"has {devices} devices, and a batch of {sequences} sequences can be dealt to so many in no layout"
+    fewer = max(1, nodes // 2)
+    return ConfigError(
+        [
+            Violation("cluster.nodes", nodes, rule, (fewer,)),
+            Violation("data.global_batch", sequences, "or give a larger batch", (devices,)),
+        ]
+    )
+
+
+def refuse_memory(request: PlanRequest, shape: Shape, ranking: Ranking, nodes: int) -> ConfigError:
+    """Return the error of a model that fits nowhere, with the layout that comes nearest."""
+    least = ranking.too_large
+    assert least is not None
+    limit = FULL * request.cluster.memory_gib
+    parallel = least.config.parallel
+    layout = (
+        f"tensor={parallel.tensor} pipeline={parallel.pipeline} context={parallel.context} data={parallel.data} "
+        f"zero={parallel.zero} recompute={parallel.recompute}"
+    )
+    rule = (
+        f"holds no layout of {shape.num_params:.3g} parameters: the smallest of {ranking.proposed} ({layout}) needs "
+        f"{least.peak_gib:.1f} of {limit:.1f} GiB a device, most of it {least.memory.largest}"
+    )
+    times = least.peak_gib / limit
+    more = min(MOST_NODES, max(nodes + 1, 2 ** max(0, (int(nodes * times) - 1).bit_length())))
+    violations = [Violation("cluster.nodes", nodes, rule, (more,))]
+    flops = request.budget.flops
+    return ConfigError([*violations, *(_less(request, float(f"{flops / (2 * times**2):.2g}")) if flops else ())])
+
+
+def _less(request: PlanRequest, flops: float) -> list[Violation]:
+    if request.budget.flops is None:
+        return []
+    return [
+        Violation("budget.flops", request.budget.flops, "or take a smaller budget, and so a smaller model", (flops,))
+    ]
