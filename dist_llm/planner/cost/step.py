@@ -104,7 +104,7 @@ def predict_step(config: RunConfig, ranks: int) -> StepTime:
 
 def _plan(config: RunConfig, ranks: int) -> _Plan:
     data, microbatches = data_ranks(config, ranks), num_microbatches(config, ranks)
-    if data is None or microbatches is None:
+    if data is None or microbatches is None or data * config.parallel.model_ranks != ranks:
         rule = "must be a multiple of data ranks x data.microbatch, and ranks of tensor x pipeline x context"
         raise ConfigError([Violation("data.global_batch", config.data.global_batch, rule)])
     cluster = config.cluster
