@@ -93,7 +93,8 @@ def vtrain(anchors: Path) -> Iterator[Row]:
     for index, row in enumerate(table(anchors, "vtrain_ground_truth_single")):
         (_, batch, micro, hidden, heads, layers, length, tensor, data, pipeline, milliseconds) = row.values()
         overrides = _gpt((layers, hidden, heads), (tensor, pipeline, data), (length, batch, micro))
-        yield Row(f"vtrain {index}", overrides | {"parallel.recompute": "full"}, float(milliseconds) / 1e3)
+        overrides |= {"parallel.recompute": "full", "cluster.practice": "megatron_deepspeed"}
+        yield Row(f"vtrain {index}", overrides, float(milliseconds) / 1e3)
 
 
 def bloom(anchors: Path) -> Iterator[Row]:
@@ -105,6 +106,7 @@ def bloom(anchors: Path) -> Iterator[Row]:
         overrides = _gpt((row["layers"], row["hidden"], row["heads"]), split, (row["seq"], row["gbs"], row["mbs"]))
         overrides |= {"model.vocab_size": int(row["vocab"]), "parallel.recompute": "full", "parallel.zero": 1}
         overrides |= {"precision": row["precision"][:4], "cluster.network_gbit_per_second": 400.0}
+        overrides["cluster.practice"] = "megatron_deepspeed"
         yield Row(f"bloom {row['line']}", overrides, float(row["sec_per_it"]))
 
 
@@ -136,6 +138,31 @@ def narayanan(anchors: Path) -> Iterator[Row]:
         overrides = _gpt((row["layers"], row["hidden"], row["heads"]), split, batch)
         overrides |= {"parallel.recompute": "full", "cluster.network_gbit_per_second": 1600.0}
         yield Row(f"narayanan {row['params_B']}B", overrides, float(row["iter_s_implied"]))
+
+
+def narayanan_2(anchors: Path) -> Iterator[Row]:
+    """Yield the 3-D rows of Narayanan et al. 2021, table 2 (8 tensor ranks, the rest pipeline), from its rounded rates.
+
+    Its ZeRO-3 rows are left out: that version of DeepSpeed hid nothing that it gathered.
+    """
+    shapes = {"174.6": ("96", "12288", "96"), "529.6": ("105", "20480", "128")}
+    for row in table(anchors, "narayanan2021_table2_zero3_vs_ptd"):
+        if row["scheme"] != "PTD":
+            continue
+        layers, hidden, heads = shapes[row["params_B"]]
+        pipeline, data = int(row["model_parallel"]) // 8, int(row["gpus"]) // int(row["model_parallel"])
+        batch = ("2048", row["global_batch"], row["micro_batch"])
+        overrides = _gpt((layers, hidden, heads), ("8", str(pipeline), str(data)), batch)
+        overrides |= {"parallel.recompute": "full", "cluster.network_gbit_per_second": 1600.0}
+        flops = _megatron_flops(int(layers), int(hidden), 2048, int(row["global_batch"]))
+        seconds = flops / (float(row["tflops_per_gpu"]) * 1e12 * int(row["gpus"]))
+        yield Row(f"narayanan table 2 {row['params_B']}B {row['gpus']}", overrides, seconds)
+
+
+def _megatron_flops(layers: int, hidden: int, length: int, batch: int) -> float:
+    """Return the FLOPs of a step as the paper counts them, recompute included (its equation 3)."""
+    shares = 1 + length / (6 * hidden) + 51200 / (16 * layers * hidden)
+    return 96 * batch * length * layers * hidden**2 * shares
 
 
 def korthikanti(anchors: Path) -> Iterator[Row]:
@@ -180,6 +207,7 @@ TABLES: dict[str, tuple[Callable[[Path], Iterator[Row]], float | None]] = {
     "BLOOM sweep, 80-384 A100": (bloom, 9.0),
     "LLM Foundry, 8-128 A100": (llm_foundry, 12.0),
     "Narayanan 2021 table 1, 32-3072 A100": (narayanan, 7.0),
+    "Narayanan 2021 table 2, 384-2240 A100": (narayanan_2, 7.0),
     "Korthikanti 2022 tables 3 and 5": (korthikanti, 7.0),
     "fms-fsdp Llama 7B, 128 A100 and 96 H100": (fms_fsdp, None),
 }

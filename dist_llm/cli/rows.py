@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from dist_llm.cli.compose import compose, list_presets
 from dist_llm.config.checks import RULES
 from dist_llm.config.decode import decode_partly
 from dist_llm.config.legal import legal_values
@@ -92,12 +91,16 @@ def ranks_of(config: RunConfig, settings: Mapping[str, object]) -> int:
 
 @lru_cache(maxsize=1)
 def _groups() -> frozenset[str]:
+    from dist_llm.cli.compose import list_presets
+
     return frozenset(list_presets())
 
 
 @lru_cache(maxsize=256)
 def _base(choices: tuple[tuple[str, str], ...]) -> Tree:
     """Return what Hydra composes of presets; not to be changed."""
+    from dist_llm.cli.compose import compose
+
     return compose([f"{group}={name}" for group, name in choices])
 
 

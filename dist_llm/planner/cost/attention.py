@@ -15,7 +15,7 @@ from functools import lru_cache
 from dist_llm.planner.cost.hardware import Device
 from dist_llm.planner.cost.matmul import matmul_seconds
 
-_FORWARD, _BACKWARD = 0.59, 0.46
+_FORWARD, _BACKWARD = 0.56, 0.44
 _NARROW = 0.8
 """What heads narrower than 128 reach of that."""
 _RAMP = 300

@@ -73,13 +73,14 @@ def writes_scores(config: RunConfig) -> bool:
 def _sum_bytes(config: RunConfig) -> int:
     """Return the bytes that adding a gradient to its sum over microbatches moves: it is read, the sum read and written.
 
-    Fused, the product writes the sum itself. Megatron of 2021-23 sums fp16 in fp16, and fuses other formats' sums.
+    0 where the product itself adds to the sum, in the shade of its arithmetic: fused, as Megatron has it. DeepSpeed
+    adds up fp16 in fp16.
     """
+    parallel, practice = config.parallel, config.cluster.practice
+    if parallel.fused_accumulation or (practice == "megatron" and parallel.zero < 3):
+        return 0
     width, master = FORMAT_BYTES[config.precision.compute], FORMAT_BYTES[config.precision.master]
-    megatron = config.cluster.practice == "megatron" and config.parallel.zero < 3
-    if megatron and config.precision.compute == "fp16":
-        return 3 * width
-    return 2 * master if megatron or config.parallel.fused_accumulation else width + 2 * master
+    return width + 2 * (width if practice == "megatron_deepspeed" and config.precision.compute == "fp16" else master)
 
 
 def shape_of(config: RunConfig, microbatches: int) -> Shape:

@@ -103,7 +103,7 @@ def predict_step(config: RunConfig, ranks: int) -> StepTime:
 
 def _plan(config: RunConfig, ranks: int) -> _Plan:
     data, microbatches = data_ranks(config, ranks), num_microbatches(config, ranks)
-    if data is None or microbatches is None:
+    if data is None or microbatches is None or data * config.parallel.model_ranks != ranks:
         rule = "must be a multiple of data ranks x data.microbatch, and ranks of tensor x pipeline x context"
         raise ConfigError([Violation("data.global_batch", config.data.global_batch, rule)])
     cluster = config.cluster
@@ -138,10 +138,10 @@ def _recomputed(config: RunConfig) -> int | None:
 
 @lru_cache(maxsize=2**10)
 def _stage_blocks(model: ModelConfig, count: int, practice: str, recomputed: int | None) -> tuple[Blocks, ...]:
-    """Return what each stage holds: as many blocks each as the other under Megatron's practice, else cut by cost."""
+    """Return what each stage holds: as many blocks each as the other, or cut by cost as our engines do."""
     dense = min(model.moe.num_dense_layers, model.num_layers) if model.moe.num_experts else model.num_layers
     sizes = [len(stage.layers) for stage in plan_stages(model, count)]
-    if practice == "megatron":
+    if practice != "native":
         sizes = even_sizes(model.num_layers, count)
     blocks, start = [], 0
     for index, size in enumerate(sizes):

@@ -67,7 +67,7 @@ BAD: list[tuple[str | list[str], list[str]]] = [
     ("model=[llama-tiny,gpt2-tiny]", ["is not one of the"]),
     ("model@parallel=llama-tiny", ["argument=model@parallel=llama-tiny is not an override"]),
     ("experiment=quickstat", ["experiment=quickstat is not one of the", "use quickstart"]),
-    ("cluster=h100", ["cluster=h100 is not one of the", "use h100-sxm"]),
+    ("cluster=h100", ["cluster=h100 is not one of the", "h100-sxm"]),
     ("paralel.tensor=2", ["paralel.tensor=2 is not a setting: did you mean parallel.tensor?"]),
     ("tensor=2", ["tensor=2 is not a setting: did you mean parallel.tensor?"]),
     ("model.layers=2", ["model.layers=2 is not a setting: did you mean model.num_layers?"]),
