@@ -8,10 +8,7 @@ most that a row is under, the 90th percentile and the bound for each table. Exit
 
 from __future__ import annotations
 
-import argparse
 import csv
-import statistics
-import sys
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -82,16 +79,25 @@ _UNLIKE = (
     "cross-entropy-loss-fusion",
 )
 """What our models and engines do not have: such rows are left out."""
-_NAMES_UNLIKE = ("uneven_pipeline", "account_for_embedding", "distill", "grpo", "15b", "fsdp", "multi_dist_optimizer", "muon", "defer_embedding", "tunable")
+_NAMES_UNLIKE = (
+    "uneven_pipeline",
+    "account_for_embedding",
+    "distill",
+    "grpo",
+    "15b",
+    "fsdp",
+    "multi_dist_optimizer",
+    "muon",
+    "defer_embedding",
+    "tunable",
+)
 """Layers dealt out by hand, two models at once, sizes that the table does not give."""
 
 
 def golden_overrides(row: Row) -> Overrides:
     """Return a row's Megatron-LM arguments in our keys."""
     tensor, pipeline = _number(row, "tensor-model-parallel-size", 1), _number(row, "pipeline-model-parallel-size", 1)
-    layers, hidden, heads = (
-        _number(row, key, 0) for key in ("num-layers", "hidden-size", "num-attention-heads")
-    )
+    layers, hidden, heads = (_number(row, key, 0) for key in ("num-layers", "hidden-size", "num-attention-heads"))
     gated, expert = row["swiglu"] == "True", _number(row, "num-experts", 0)
     chunk = _number(row, "num-layers-per-virtual-pipeline-stage", 0)
     chunks = layers // pipeline // chunk if chunk and pipeline > 1 else 1
@@ -146,7 +152,10 @@ def golden(anchors: Path) -> Iterator[tuple[Judged, Judged, bool]]:
         kind = row["case"].partition("/")[0]
         if kind not in ("gpt", "moe") or not row["num-layers"] or not row["mem_max_alloc_bytes"]:
             continue
-        if _number(row, "expert-tensor-parallel-size", 0) not in (0, _number(row, "tensor-model-parallel-size", 1)) and kind == "moe":
+        if (
+            _number(row, "expert-tensor-parallel-size", 0) not in (0, _number(row, "tensor-model-parallel-size", 1))
+            and kind == "moe"
+        ):
             continue
         if any(row[key] for key in _UNLIKE) or any(word in row["case"] for word in _NAMES_UNLIKE):
             continue
@@ -178,7 +187,9 @@ def bloom(anchors: Path, engine: str = "deepspeed") -> Iterator[tuple[Judged, bo
 
 def bloom_overrides(row: Row, engine: str) -> Overrides:
     """Return a row of BLOOM's sweep in our keys."""
-    count = {key: int(row[key]) for key in ("hidden", "layers", "heads", "seq", "vocab", "dp", "tp", "pp", "mbs", "gbs")}
+    count = {
+        key: int(row[key]) for key in ("hidden", "layers", "heads", "seq", "vocab", "dp", "tp", "pp", "mbs", "gbs")
+    }
     unit = count["mbs"] * count["dp"]
     return {
         "engine.name": engine,
