@@ -8,10 +8,7 @@ most that a row is under, the 90th percentile and the bound for each table. Exit
 
 from __future__ import annotations
 
-import argparse
 import csv
-import statistics
-import sys
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass

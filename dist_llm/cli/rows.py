@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from dist_llm.config.checks import RULES
+from dist_llm.config.checks import OF_THIS_MACHINE, RULES
 from dist_llm.config.decode import decode_partly
 from dist_llm.config.legal import legal_values
 from dist_llm.config.rule import value_at
@@ -30,11 +30,6 @@ _FAMILIES = {"gpt2": "gpt2-124m", "llama": "llama2-7b"}
 
 _SIZES = ("num_layers", "hidden_size")
 _VOCAB = 51200
-
-_OF_THIS_MACHINE = frozenset(
-    {"launcher_is_built", "local_launcher_has_one_node", "engine_is_installed", "wandb_is_installed"}
-)
-"""Rules that say what can run here and now, which a prediction does not ask."""
 
 _UNFILLED = ("microbatches_fill_pipeline", ("gpipe", "1f1b"))
 """A rule of torch's schedules, and those of them whose time is plain without it: published runs have broken it."""
@@ -62,7 +57,7 @@ def read_row(overrides: Mapping[str, object]) -> tuple[RunConfig, int]:
 
 def check_plan(config: RunConfig, ranks: int) -> list[Violation]:
     """Return every rule that a run of the config breaks on `ranks` ranks, wherever it is run."""
-    unasked = {*_OF_THIS_MACHINE, *(_UNFILLED[:1] if config.parallel.schedule in _UNFILLED[1] else ())}
+    unasked = {*OF_THIS_MACHINE, *(_UNFILLED[:1] if config.parallel.schedule in _UNFILLED[1] else ())}
     rules = [rule for rule in RULES if rule.name not in unasked]
     return [
         Violation(

@@ -208,6 +208,17 @@ SECTION_RULES: tuple[Rule, ...] = (
 
 RULES: tuple[Rule, ...] = (*LAYOUT_RULES, *ENGINE_RULES, *SECTION_RULES)
 
+OF_THIS_MACHINE = frozenset(
+    {
+        "launcher_is_built",
+        "local_launcher_has_one_node",
+        "engine_is_installed",
+        "transformer_engine_is_installed",
+        "wandb_is_installed",
+    }
+)
+"""Rules that say what can run here and now, which no prediction and no plan asks."""
+
 
 def check(config: RunConfig, world_size: int | None, unusable: frozenset[str] = frozenset()) -> list[Violation]:
     """Return every broken rule with the nearest values that break none. world_size None: not known yet.

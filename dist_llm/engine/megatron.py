@@ -22,7 +22,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor, nn
 
-from dist_llm.accounting.stages import plan_stages
+from dist_llm.accounting.stages import engine_stages
 from dist_llm.config.run import RunConfig
 from dist_llm.engine.loss_scale import LossScale
 from dist_llm.engine.megatron_cpu import name_types, prepare_modules
@@ -85,7 +85,7 @@ class MegatronEngine:
     def _build(self) -> None:
         """Build the chunks, their gradient buffers and the optimizer."""
         config, mesh = self._config, self._mesh
-        stages = plan_stages(config.model, config.parallel.num_stages)
+        stages = engine_stages("megatron", config.model, config.parallel.num_stages)
         fused = find_fused(config, mesh.device.type == "cuda")
         if config.engine.fp8 != "none" and not fused.layers:
             raise EngineUnavailable(

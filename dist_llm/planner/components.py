@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -12,9 +12,9 @@ class Components:
 
     parameters: stored, shards and masters among them. gathered: whole copies beside them. activations: what waits for
     its backward (of our own model also what is being computed). working: what a backward makes for a moment, a
-    recomputed layer among it. logits: those of the last stage and what the loss makes of them. buffers: what crosses between pipeline ranks. communication: buckets on
-    their way. workspace: of matrix libraries. fragmentation: what the allocator keeps and cannot give. reserve: the
-    device's context and the communication library's buffers.
+    recomputed layer among it. logits: those of the last stage and what the loss makes of them. buffers: what crosses
+    between pipeline ranks. communication: buckets on their way. workspace: of matrix libraries. fragmentation: what the
+    allocator keeps and cannot give. reserve: the device's context and the communication library's buffers.
     """
 
     parameters: int = 0
@@ -47,7 +47,11 @@ class Components:
 
     def by_name(self) -> dict[str, int]:
         """Return bytes by component."""
-        return {field.name: int(getattr(self, field.name)) for field in fields(self)}
+        return dict(vars(self))
+
+    def having(self, **sizes: int) -> Components:
+        """Return the same with other sizes of some components."""
+        return Components(**(vars(self) | sizes))
 
     @property
     def largest(self) -> str:
@@ -58,4 +62,4 @@ class Components:
 
 def total(rows: Iterable[Components]) -> Components:
     """Return the components of several stages together."""
-    return Components(*(sum(column) for column in zip(*(row.by_name().values() for row in rows), strict=True)))
+    return Components(*(sum(column) for column in zip(*(vars(row).values() for row in rows), strict=True)))

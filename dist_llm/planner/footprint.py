@@ -8,19 +8,27 @@ The native engine's figures are those of `dist-llm plan dry-run`; Megatron-Core'
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Protocol
 
-from dist_llm.accounting.schedules import Pipe, stage_rank
-from dist_llm.accounting.stages import engine_stages
+from dist_llm.accounting.schedules import Pipe
 from dist_llm.config.rules import data_ranks, num_microbatches
 from dist_llm.config.run import RunConfig
 from dist_llm.errors import ConfigError, Violation
 from dist_llm.planner.components import Components
 from dist_llm.planner.device_memory import DeviceMemory, device_memory
-from dist_llm.planner.megatron_memory import megatron_rank
-from dist_llm.planner.native_memory import IN_PLACE, Release, installed_torch, native_rank
+from dist_llm.planner.megatron_memory import MegatronMemory
+from dist_llm.planner.native_memory import IN_PLACE, NativeMemory, Release, installed_torch
 
 GIB = 2**30
+
+
+class Ranks(Protocol):
+    """An engine's memory under a config."""
+
+    def rank(self, index: int, /) -> tuple[dict[int, Components], Components]:
+        """Return the components of each stage of a pipeline rank, and of the rank."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -105,21 +113,26 @@ def predict_memory(config: RunConfig, ranks: int, release: Release | None = None
         release = installed_torch() if config.cluster.device == "cpu" else IN_PLACE
     pipe, data = _pipe(config, ranks)
     device = device_memory(config)
-    engine = config.engine.name
+    memory: Ranks
+    if config.engine.name == "megatron":
+        memory = MegatronMemory(config, pipe, data)
+    else:
+        memory = NativeMemory(config, pipe, data, release)
     found = []
     for index in range(pipe.ranks):
-        if engine == "megatron":
-            stages, whole = megatron_rank(config, pipe, data, index)
-        else:
-            stages, whole = native_rank(config, pipe, data, index, release)
+        stages, whole = memory.rank(index)
         found.append(RankFootprint(index, _on_device(whole, device), stages))
     return Footprint(tuple(found))
 
 
 def _on_device(components: Components, device: DeviceMemory) -> Components:
     """Add what a device holds beside tensors of the model."""
-    whole = replace(components, workspace=device.workspace_bytes)
-    return replace(whole, fragmentation=int(whole.allocated * device.fragmentation), reserve=device.reserve_bytes)
+    allocated = components.allocated + device.workspace_bytes
+    return components.having(
+        workspace=device.workspace_bytes,
+        fragmentation=int(allocated * device.fragmentation),
+        reserve=device.reserve_bytes,
+    )
 
 
 def _pipe(config: RunConfig, ranks: int) -> tuple[Pipe, int]:

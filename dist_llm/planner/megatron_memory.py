@@ -11,15 +11,19 @@ Masks are counted for GPT-2's family, whose published runs drop out; attention k
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 
-from dist_llm.accounting.held import stage_tensors
+from dist_llm.accounting.held import stage_units
 from dist_llm.accounting.memory import FORMAT_BYTES
 from dist_llm.accounting.params import padded_vocab
 from dist_llm.accounting.schedules import Pipe, stage_rank
-from dist_llm.accounting.stages import StagePlan, engine_stages
+from dist_llm.accounting.stages import engine_stages
+from dist_llm.config.model import ModelConfig
+from dist_llm.config.parallel import ParallelConfig
 from dist_llm.config.run import RunConfig
 from dist_llm.planner.components import Components, total
+from dist_llm.planner.stage_kind import Hashed, StageKind, kind_of, plan_of
 
 
 @dataclass(frozen=True)
@@ -47,13 +51,6 @@ def shape_of(config: RunConfig) -> MegatronShape:
     return MegatronShape(
         seq * config.data.microbatch, config.data.microbatch, seq, FORMAT_BYTES[config.precision.compute]
     )
-
-
-def state_numel(config: RunConfig, stage: StagePlan) -> tuple[int, int]:
-    """Return the elements of a stage's parameters on one rank: of experts and of all else."""
-    tensors = stage_tensors(config.model, config.parallel, stage)
-    experts = sum(tensor.numel for tensor in tensors if tensor.expert)
-    return experts, sum(tensor.numel for tensor in tensors) - experts
 
 
 def layer_bytes(config: RunConfig, with_experts: bool) -> LayerBytes:
@@ -124,47 +121,64 @@ def in_flight(pipe: Pipe, index: int) -> int:
     return min(pipe.microbatches * pipe.chunks, (pipe.chunks - 1) * pipe.ranks + 2 * below + 1)
 
 
-def megatron_rank(config: RunConfig, pipe: Pipe, data: int, index: int) -> tuple[dict[int, Components], Components]:
-    """Return the components of each stage of a pipeline rank, and of the rank."""
-    parallel, model = config.parallel, config.model
-    stages = [
-        stage
-        for stage in engine_stages("megatron", model, parallel.num_stages)
-        if stage_rank(stage.index, parallel.pipeline, parallel.schedule) == index
-    ]
-    # A round goes through the chunks of a rank alike.
-    flying = in_flight(pipe, index)
-    rows: dict[int, Components] = {}
-    for place, stage in enumerate(stages):
-        rounds, more = divmod(flying, len(stages))
-        rows[stage.index] = _stage(config, data, stage, rounds + (place < more))
-    whole = total(rows.values())
-    # One stage of a rank works at a time.
-    return rows, replace(whole, working=max(row.working for row in rows.values()))
+class MegatronMemory:
+    """Megatron-Core's memory under one config, on `data` data ranks."""
+
+    def __init__(self, config: RunConfig, pipe: Pipe, data: int) -> None:
+        self._config, self._pipe = config, pipe
+        self._shards = data * config.parallel.context if config.parallel.zero else 1
+        self._dense, self._experts = (layer_bytes(config, experts) for experts in (False, True))
+        self._loss, self._shape = loss_bytes(config), shape_of(config)
+        # Two of what crosses between ranks are on their way: one is received, one sent.
+        hidden = self._shape.tokens * config.model.hidden_size * self._shape.width
+        self._crossing = 2 * hidden if pipe.ranks > 1 else 0
+        self._model = Hashed(config.model)
+
+    def rank(self, index: int) -> tuple[dict[int, Components], Components]:
+        """Return the components of each stage of a pipeline rank, and of the rank."""
+        parallel = self._config.parallel
+        stages = [
+            stage
+            for stage in engine_stages("megatron", self._config.model, parallel.num_stages)
+            if stage_rank(stage.index, parallel.pipeline, parallel.schedule) == index
+        ]
+        # A round goes through all chunks of a rank.
+        rounds, more = divmod(in_flight(self._pipe, index), len(stages))
+        rows = {
+            stage.index: self._stage(kind_of(self._config, stage), rounds + (place < more))
+            for place, stage in enumerate(stages)
+        }
+        # One of the stages works at a time.
+        return rows, total(rows.values()).having(working=max(row.working for row in rows.values()))
+
+    def _stage(self, kind: StageKind, flying: int) -> Components:
+        precision, zero, shape = self._config.precision, self._config.parallel.zero, self._shape
+        split = (self._config.parallel.tensor, self._config.parallel.expert)
+        experts, dense = _numel(self._model, split, kind)
+        own = dense / self._shards + experts / max(1, self._shards // self._config.parallel.expert)
+        # Without the distributed optimizer fp16's gradients stay fp16, and masters have fp32 copies of them.
+        halves = precision.compute == "fp16" and not zero
+        masters = 8 if shape.width == 4 else 16 if halves else 12
+        layers = [(kind.layers.dense, self._dense), (kind.layers.experts, self._experts)]
+        kept = sum(count * layer.kept for count, layer in layers)
+        # A backward makes a layer again, then holds gradients at its widest.
+        most = max(layer.saved - layer.kept + layer.working for count, layer in layers if count)
+        loss = self._loss if kind.last else 0
+        return Components(
+            parameters=(experts + dense) * shape.width,
+            gradients=(experts + dense) * (2 if halves else 4),
+            optimizer=int(own * masters),
+            activations=kept * flying,
+            working=max(0, most - loss),
+            logits=loss,
+            buffers=self._crossing,
+        )
 
 
-def _stage(config: RunConfig, data: int, stage: StagePlan, flying: int) -> Components:
-    parallel, model = config.parallel, config.model
-    c = FORMAT_BYTES[config.precision.compute]
-    experts, dense = state_numel(config, stage)
-    shards = data * parallel.context if parallel.zero else 1
-    own = dense / shards + experts / max(1, shards // parallel.expert)
-    numel = dense + experts
-    layers = [layer_bytes(config, model.has_experts(layer)) for layer in stage.layers]
-    kept = sum(layer.kept for layer in layers)
-    # A backward makes a layer again, then holds the gradients at its widest.
-    most = max((layer.saved - layer.kept + layer.working for layer in layers), default=0)
-    loss = loss_bytes(config) if stage.last else 0
-    crossing = shape_of(config).tokens * model.hidden_size * c if parallel.pipeline > 1 else 0
-    # Without the distributed optimizer fp16's gradients stay fp16, and masters have fp32 copies of them.
-    halves = config.precision.compute == "fp16" and not parallel.zero
-    masters = 8 if c == 4 else 16 if halves else 12
-    return Components(
-        parameters=numel * c,
-        gradients=numel * (2 if halves else 4),
-        optimizer=int(own * masters),
-        activations=kept * flying,
-        working=max(0, most - loss),
-        logits=loss,
-        buffers=2 * crossing,
-    )
+@lru_cache(maxsize=8192)
+def _numel(model: Hashed[ModelConfig], split: tuple[int, int], kind: StageKind) -> tuple[int, int]:
+    """Return the elements of a stage's parameters on one rank: of experts and of all else."""
+    layout = ParallelConfig(tensor=split[0], expert=split[1])
+    units = stage_units(model.value, layout, plan_of(model.value, kind))
+    experts = sum(tensor.numel for unit in units for tensor in unit if tensor.expert)
+    return experts, sum(tensor.numel for unit in units for tensor in unit) - experts

@@ -19,7 +19,7 @@ def experts(ops: Operations, x: Value, model: ModelConfig, parallel: ParallelCon
     rows = tokens * moe.top_k
     weights = _route(ops, x, model)
     index = tape.new(rows * INDEX_BYTES * 2)
-    sent = tape.apply([x], (rows * hidden, x.width), [tokens and rows * INDEX_BYTES], 0, x.size)
+    sent = tape.apply([x], (rows * hidden, x.width), [rows * INDEX_BYTES], 0, x.size)
     if parallel.expert > 1:
         sent = tape.apply([sent], (sent.numel, sent.width))
         sent = tape.apply([sent], (sent.numel, sent.width), [rows * INDEX_BYTES], 0, sent.size)

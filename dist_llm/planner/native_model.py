@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from dist_llm.accounting.params import padded_vocab
 from dist_llm.config.model import ModelConfig
 from dist_llm.config.parallel import ParallelConfig
-from dist_llm.planner.native_context import attend_over_ranks
+from dist_llm.planner.native_context import attend_over_ranks, attention_shape
 from dist_llm.planner.native_experts import experts
 from dist_llm.planner.native_ops import INDEX_BYTES, Formats, Operations
-from dist_llm.planner.tape import Call, Tape, Value
+from dist_llm.planner.tape import Tape, Value
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,14 @@ class Parts:
 
     def _block(self, x: Value, with_experts: bool, selective: bool) -> Value:
         add = self.ops.add
-        feed = (lambda y: self._experts(y, selective)) if with_experts else (lambda y: self._mlp(y, selective))
-        if selective and self._parallel.computes_again("mlp"):
-            whole = feed
-            feed = lambda y: self._tape.again(whole, y)  # noqa: E731
+
+        def whole(y: Value) -> Value:
+            return self._experts(y, selective) if with_experts else self._mlp(y, selective)
+
+        def feed(y: Value) -> Value:
+            again = selective and self._parallel.computes_again("mlp")
+            return self._tape.again(whole, y) if again else whole(y)
+
         if self._model.norm_placement == "post":
             x = self._norm(add(x, self._dropped(self._attention(x, selective))), selective)
             return self._norm(add(x, self._dropped(feed(x))), selective)
@@ -123,8 +127,11 @@ class Parts:
         if model.query_scale != 1:
             query = ops.scaled(query)
 
+        share = self._share
+        shape = attention_shape(self._parallel, share.batch, share.seq, head, share.documents)
+
         def attend(q: Value, k: Value, v: Value) -> Value:
-            return attend_over_ranks(ops, (q, k, v), self._parallel, self._share, head)
+            return attend_over_ranks(ops, (q, k, v), shape)
 
         if selective and self._parallel.computes_again("core_attn"):
             out = tape.again(attend, query, key, value)
@@ -138,9 +145,8 @@ class Parts:
         width = (model.ffn_hidden_size if inner is None else inner) // ranks
         if not partial:
             x = self._enter(x)
-        bias = model.bias and inner is None
-        gate = self._column(x, width, bias) if model.activation == "swiglu" else None
-        up = self._column(x, width, bias)
+        gate = self._column(x, width) if model.activation == "swiglu" else None
+        up = self._column(x, width)
         del x
         product = self._activation(up, gate, selective)
         del up, gate
@@ -157,20 +163,20 @@ class Parts:
         return self._leave(mixed)
 
     def _activation(self, up: Value, gate: Value | None, selective: bool) -> Value:
-        call: Call = lambda u, g=None: self.ops.activation(u, g)  # noqa: E731
-        values = (up,) if gate is None else (up, gate)
         if selective and self._parallel.computes_again("activation"):
-            return self._tape.give_up(call, *values)
-        return call(*values)
+            return self._tape.give_up(self.ops.activation, *((up,) if gate is None else (up, gate)))
+        return self.ops.activation(up, gate)
 
     def _norm(self, x: Value, selective: bool, width: int | None = None) -> Value:
+        """Normalise rows of hidden states or, of `width`, those of heads."""
         rms = width is not None or self._model.norm == "rmsnorm"
-        rows = self._model.hidden_size if width is None else width
-        call: Call = (lambda y: self.ops.rms_norm(y, rows)) if rms else (lambda y: self.ops.layer_norm(y, rows))
-        # Of the norms of a block, those of heads are found by the same name.
+
+        def call(y: Value) -> Value:
+            return (self.ops.rms_norm if rms else self.ops.layer_norm)(y, width or self._model.hidden_size)
+
         return self._tape.give_up(call, x) if selective and self._parallel.computes_again("norm") else call(x)
 
-    def _column(self, x: Value, outputs: int, bias: bool = True) -> Value:
+    def _column(self, x: Value, outputs: int) -> Value:
         return self.ops.linear(x, self._model.hidden_size, outputs)
 
     def _row(self, x: Value, inputs: int) -> Value:

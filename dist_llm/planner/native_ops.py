@@ -80,7 +80,7 @@ class Operations:
             return self.tape.apply([x], (x.numel, x.width), [table_bytes], wide, wide + x.size)
         return self.tape.apply([x], (x.numel, x.width), [table_bytes], wide, wide)
 
-    def activation(self, up: Value, gate: Value | None) -> Value:
+    def activation(self, up: Value, gate: Value | None = None) -> Value:
         """gelu(up), or silu(gate) * up."""
         if gate is None:
             return self.tape.apply([up], (up.numel, up.width), [up])
@@ -93,13 +93,15 @@ class Operations:
 
     def attend(self, query: Value, key: Value, value: Value, rows: int, mask_bytes: int) -> Value:
         """Flash attention; rows: queries times heads, each with a log-sum-exp."""
-        kept: list[Value | int] = [query, key, value, rows * self.formats.wide]
-        if mask_bytes:
-            kept.append(mask_bytes)
-        out = self.tape.apply([query, key, value], (query.numel, query.width), kept, 0)
-        if self.tape.saving and out.buffer is not None:
-            out.node.keeps.append(out.buffer)
+        kept: list[Value | int] = [query, key, value, rows * self.formats.wide, mask_bytes]
+        out = self.tape.apply([query, key, value], (query.numel, query.width), kept)
+        self.keep_output(out)
         return out
+
+    def keep_output(self, out: Value) -> None:
+        """Let the node of a value keep the value too."""
+        if self.tape.saving:
+            out.node.keeps.append(out.buffer)
 
     def copy(self, x: Value) -> Value:
         """Megatron's f: the same forward; on the way back a sum over ranks, in a new storage."""

@@ -8,7 +8,6 @@ Every part is run once on a tape (native_model.py) and remembered by all that it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,10 +16,10 @@ from dist_llm.accounting.params import padded_vocab
 from dist_llm.accounting.stage_memory import StageMemory
 from dist_llm.accounting.stages import StagePlan
 from dist_llm.config.model import ModelConfig
-from dist_llm.config.parallel import ParallelConfig
 from dist_llm.config.run import RunConfig
 from dist_llm.planner.native_model import Parts, Setting, Share
 from dist_llm.planner.native_ops import Formats
+from dist_llm.planner.stage_kind import Hashed, StageKind, kind_of
 from dist_llm.planner.tape import Buffer, Tape, Value, leaf
 
 
@@ -52,20 +51,49 @@ def setting_of(config: RunConfig) -> Setting:
     return Setting(model, parallel, formats, Share(data.microbatch, share, part, data.document_mask))
 
 
+class PartKey:
+    """A setting, compared by what a part sees of it."""
+
+    __slots__ = ("_hash", "_seen", "setting")
+
+    def __init__(self, setting: Setting, model: Hashed[ModelConfig] | None = None) -> None:
+        p = setting.parallel
+        layout = (p.tensor, p.sequence, p.context, p.head_ranks, p.expert, p.splits_backward, p.pipeline > 1)
+        again = (p.recompute, p.recompute_operators)
+        self._seen = (model or Hashed(setting.model), layout, again, setting.formats, setting.share)
+        self._hash, self.setting = hash(self._seen), setting
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PartKey) and self._seen == other._seen
+
+
 def stage_memory(config: RunConfig, stage: StagePlan) -> StageMemory:
     """Return what a microbatch costs a stage."""
-    setting, parallel, model = setting_of(config), config.parallel, config.model
-    again = parallel.recomputed_layers(stage.layers)
-    kinds: list[tuple[str, bool, bool]] = [("embed", False, False)] if stage.first else []
-    kinds += [("block", model.has_experts(layer), layer in again) for layer in stage.layers]
-    if stage.last:
-        kinds.append(("head", parallel.pipeline > 1, False))
-    key = _Key(setting)
-    tied = model.tie_embeddings and stage.first and stage.last
-    parts = [_part(key, *kind, tied) for kind in kinds]
-    numel = setting.share.batch * setting.share.part * model.hidden_size
-    crossing = numel * setting.formats.compute
-    return _joined(parts, 0 if stage.first else crossing, 0 if stage.last else crossing, _table(setting) * tied)
+    return kind_memory(PartKey(setting_of(config)), kind_of(config, stage))
+
+
+@lru_cache(maxsize=16384)
+def kind_memory(key: PartKey, kind: StageKind) -> StageMemory:
+    """Return what a microbatch costs a stage of a kind: dense layers come first, and of each those that recompute."""
+    setting, layers = key.setting, kind.layers
+    runs: list[tuple[str, bool, bool, int]] = [
+        ("embed", False, False, int(kind.first)),
+        ("block", False, True, layers.dense_again),
+        ("block", False, False, layers.dense - layers.dense_again),
+        ("block", True, True, layers.experts_again),
+        ("block", True, False, layers.experts - layers.experts_again),
+        ("head", setting.parallel.pipeline > 1, False, int(kind.last)),
+    ]
+    tied = setting.model.tie_embeddings and kind.first and kind.last
+    parts: list[PartMemory] = []
+    for name, flag, again, times in runs:
+        if times:
+            parts += [_part(key, name, flag, again, tied)] * times
+    crossing = setting.share.batch * setting.share.part * setting.model.hidden_size * setting.formats.compute
+    return _joined(parts, crossing * (not kind.first), crossing * (not kind.last), _table(setting) * tied)
 
 
 def loss_bytes(config: RunConfig) -> int:
@@ -76,27 +104,8 @@ def loss_bytes(config: RunConfig) -> int:
     return logits * (formats.compute + formats.wide)
 
 
-class _Key:
-    """A setting, compared by what a part sees of it."""
-
-    __slots__ = ("_hash", "_seen", "setting")
-
-    def __init__(self, setting: Setting) -> None:
-        p = setting.parallel
-        layout = (p.tensor, p.sequence, p.context, p.head_ranks, p.expert, p.splits_backward)
-        again = (p.recompute, p.recompute_operators)
-        self._seen = (setting.model, layout, again, setting.formats, setting.share)
-        self._hash, self.setting = hash(self._seen), setting
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and self._seen == other._seen
-
-
 @lru_cache(maxsize=4096)
-def _part(key: _Key, kind: str, flag: bool, again: bool, tied: bool) -> PartMemory:
+def _part(key: PartKey, kind: str, flag: bool, again: bool, tied: bool) -> PartMemory:
     """Return the memory of a part; flag: experts of a block, or whether a head's logits are kept."""
     # The gradient of a tied table is one sum: what the head has made waits for the embedding's.
     alone = tied and kind == "head"

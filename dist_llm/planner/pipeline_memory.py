@@ -12,7 +12,7 @@ One stage on a rank: gpipe, 1f1b; the others may hold several. Old: before torch
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 from dist_llm.accounting.schedules import Action, Pipe, Work, crosses
@@ -28,9 +28,14 @@ def most_activations(pipe: Pipe, program: Program, stages: Stages, as_needed: bo
 
     as_needed: whether torch takes a buffer when a rank receives (2.15), rather than those of a step at its beginning.
     """
+    return max(levels(pipe, program, stages, as_needed))
+
+
+def levels(pipe: Pipe, program: Program, stages: Stages, as_needed: bool) -> Iterator[int]:
+    """Yield the most bytes in each piece of a rank's work, the first before any."""
     buffers: _Buffers = (_BuffersAsNeeded if as_needed else _BuffersOfAStep)(pipe, stages)
     level, begun = buffers.at_start(), set[int]()
-    most = level
+    yield level
     for step in program:
         if isinstance(step, Message):
             level += 0 if step.sends else buffers.receive(step)
@@ -39,11 +44,10 @@ def most_activations(pipe: Pipe, program: Program, stages: Stages, as_needed: bo
             continue
         level += buffers.before(step)
         for peak, change in _pieces(step.work, stages[step.stage], first=step.stage not in begun):
-            most = max(most, level + peak)
+            yield level + peak
             level += change
         level += buffers.after(step)
         begun.update(() if step.work is Work.FORWARD else (step.stage,))
-    return most
 
 
 def _pieces(work: Work, stage: StageMemory, first: bool) -> list[tuple[int, int]]:

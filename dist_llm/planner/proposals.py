@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from dist_llm.config.checks import RULES
+from dist_llm.config.checks import OF_THIS_MACHINE, RULES
 from dist_llm.config.model import ModelConfig
 from dist_llm.config.rules import divisors
 from dist_llm.config.run import RunConfig
@@ -22,6 +22,8 @@ LONG_SEQUENCE = 8192
 """Tokens from which splitting a sequence over ranks is weighed."""
 
 Choice = dict[str, Any]
+
+_ASKED = tuple(rule for rule in RULES if rule.name not in OF_THIS_MACHINE)
 
 
 def propose_layouts(config: RunConfig, ranks: int, devices_per_node: int) -> Iterator[RunConfig]:
@@ -34,7 +36,7 @@ def propose_layouts(config: RunConfig, ranks: int, devices_per_node: int) -> Ite
                 parallel = config.parallel.model_copy(update={**split, **inner})
                 data = config.data.model_copy(update={"microbatch": microbatch})
                 proposed = config.model_copy(update={"parallel": parallel, "data": data})
-                if not any(rule(proposed, ranks) for rule in RULES):
+                if not any(rule(proposed, ranks) for rule in _ASKED):
                     yield proposed
 
 

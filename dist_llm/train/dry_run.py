@@ -3,8 +3,8 @@
     fake process group of any size -> tensors without values -> the engine's own build -> two microbatches a stage
 
 Parameters, gradients and optimizer state are those of what was built; activations are measured on it
-(parallel/stage_memory.py) and put in the order of the schedule (planner/pipeline_memory.py); accounting/traffic.py says what
-is sent. Ranks of a pipeline that hold alike stages are built once. Experts are taken as evenly used.
+(parallel/stage_memory.py) and put in the order of the schedule (planner/pipeline_memory.py); accounting/traffic.py
+says what is sent. Ranks of a pipeline that hold alike stages are built once. Experts are taken as evenly used.
 """
 
 from __future__ import annotations

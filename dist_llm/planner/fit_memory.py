@@ -1,0 +1,139 @@
+"""What makes a config fit into the memory of its devices: single changes and pairs, nearest first, with what they need.
+
+    recompute, a smaller microbatch, ZeRO, sequence parallelism      the same ranks do the same work otherwise
+    tensor, pipeline, context, expert                                 each takes ranks from the data axis
+    more ranks                                                        where none of these is enough
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import combinations
+
+from dist_llm.config.checks import check
+from dist_llm.config.rules import divisors
+from dist_llm.config.run import RunConfig
+from dist_llm.errors import ConfigError, Violation
+from dist_llm.planner.footprint import GIB, Footprint, predict_memory
+
+Change = tuple[tuple[str, object], ...]
+"""Keys and the values that they are set to."""
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change after which every rank has enough memory, on so many ranks, and what the worst one then needs."""
+
+    change: Change
+    ranks: int
+    peak_bytes: int
+
+    def __str__(self) -> str:
+        words = [f"{key}={value}" for key, value in self.change]
+        return f"{' '.join(words)} ({self.peak_bytes / GIB:.1f} GiB)"
+
+
+def plan_remedies(config: RunConfig, ranks: int, memory_gib: float, most: int = 3) -> list[Remedy]:
+    """Return up to `most` ways to fit, those that change the fewest settings first, then those that need the least.
+
+    Empty where neither one change, nor two, nor three of what a layout has makes it fit on these ranks.
+    """
+    own = _single_changes(config, ranks)
+    for count in (1, 2, 3):
+        found = [
+            remedy
+            for chosen in combinations(own, count)
+            if (remedy := _tried(config, ranks, memory_gib, sum(chosen, ())) or None) is not None
+        ]
+        if found:
+            return sorted(found, key=lambda remedy: (_cost(remedy.change), remedy.peak_bytes))[:most]
+    return []
+
+
+def more_ranks(config: RunConfig, ranks: int, memory_gib: float, factor: int = 64) -> Remedy | None:
+    """Return the smallest multiple of the ranks, a power of two up to `factor`, on which some change makes it fit."""
+    times = 2
+    while times <= factor:
+        batch = config.data.global_batch
+        if config.parallel.data is None and batch % times == 0:
+            found = plan_remedies(config, ranks * times, memory_gib, most=1)
+            if found:
+                return found[0]
+        times *= 2
+    return None
+
+
+def require_fit(config: RunConfig, ranks: int, memory_gib: float) -> Footprint:
+    """Return the footprint. Raises ConfigError that says what is too large and what would fit where a rank has less."""
+    found = predict_memory(config, ranks)
+    if found.fits(memory_gib):
+        return found
+    worst = found.worst
+    largest = getattr(worst.components, found.largest) / GIB
+    words = (
+        f"leaves pipeline rank {worst.pipeline_rank} short: it needs {worst.peak_bytes / GIB:.1f} GiB, "
+        f"{largest:.1f} of them for {found.largest}"
+    )
+    remedies: list[object] = list(plan_remedies(config, ranks, memory_gib))
+    if not remedies and (wider := more_ranks(config, ranks, memory_gib)) is not None:
+        remedies = [f"{wider.ranks} ranks with {wider}"]
+    if not remedies:
+        words += "; no layout of it on these devices fits: take a smaller model, or devices with more memory"
+    raise ConfigError([Violation("cluster.memory_gib", memory_gib, words, tuple(remedies))])
+
+
+_COST = {"parallel.sequence": 0, "parallel.zero": 1, "data.microbatch": 2, "parallel.recompute": 3}
+"""What a change takes from speed, least first; a new size of an axis is dearer than all of these."""
+
+
+def _cost(change: Change) -> int:
+    return sum(_COST.get(key, 5) for key, _ in change)
+
+
+def _single_changes(config: RunConfig, ranks: int) -> list[Change]:
+    """Return what may be changed, one setting at a time."""
+    parallel, data = config.parallel, config.data
+    found: list[Change] = []
+    if parallel.tensor > 1 and not parallel.sequence:
+        found.append((("parallel.sequence", True),))
+    found += [(("parallel.zero", zero),) for zero in range(parallel.zero + 1, 4)]
+    found += [(("data.microbatch", size),) for size in divisors(data.microbatch) if size < data.microbatch]
+    ways = {"none": ("selective", "full"), "selective": ("full",), "full": ()}
+    found += [(("parallel.recompute", way),) for way in ways[parallel.recompute]]
+    for axis in ("tensor", "pipeline", "context", "expert"):
+        size = getattr(parallel, axis)
+        sizes = [size * times for times in (2, 4, 8, 16) if size * times <= ranks]
+        found += [((f"parallel.{axis}", larger),) for larger in sizes]
+    return found
+
+
+def _tried(config: RunConfig, ranks: int, memory_gib: float, change: Change) -> Remedy | None:
+    """Return the change as a remedy where it is legal and enough."""
+    keys = [key for key, _ in change]
+    if len(set(keys)) < len(keys):
+        return None
+    changed = with_changes(config, dict(change))
+    try:
+        found = predict_memory(changed, ranks)
+    except (ConfigError, ValueError, ZeroDivisionError):
+        return None
+    if not found.fits(memory_gib) or any(_new(config, changed, ranks)):
+        return None
+    return Remedy(change, ranks, found.peak_bytes)
+
+
+def _new(config: RunConfig, changed: RunConfig, ranks: int) -> Iterator[Violation]:
+    """Yield the rules that only the changed config breaks."""
+    before = {(violation.key, violation.rule) for violation in check(config, ranks)}
+    yield from (each for each in check(changed, ranks) if (each.key, each.rule) not in before)
+
+
+def with_changes(config: RunConfig, change: Mapping[str, object]) -> RunConfig:
+    """Return the config with some dotted keys set."""
+    sections: dict[str, dict[str, object]] = {}
+    for key, value in change.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    updated = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
+    return config.model_copy(update=updated)
