@@ -1,4 +1,6 @@
-"""`dist-llm launch`: check the config once, without torch, then start ranks of `dist-llm train` with the same words."""
+"""`dist-llm launch`: check the config once, without torch, then start ranks of `dist-llm train` with the same words, or
+submit the job that does.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from dist_llm.errors import LayoutError
 
 if TYPE_CHECKING:
     from dist_llm.config.run import RunConfig
+    from dist_llm.launcher.base import LaunchPlan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +29,8 @@ def main(arguments: argparse.Namespace) -> Answer:
     require_with_json(arguments, "--dry-run", arguments.dry_run)
     config = _checked(arguments)
     plan = plan_launch(worker_argv(_worker_words(arguments)), config.launcher, config.parallel)
+    if config.launcher.name == "slurm":
+        return _slurm(plan, config, arguments.dry_run)
     if arguments.dry_run:
         return Answer(str(plan), plan.as_json())
     done = _finished_step(config)
@@ -35,6 +40,17 @@ def main(arguments: argparse.Namespace) -> Answer:
     from dist_llm.launcher.local import launch_local
 
     return Answer(code=launch_local(plan.argv, config.launcher.nproc, debug=arguments.debug))
+
+
+def _slurm(plan: LaunchPlan, config: RunConfig, dry_run: bool) -> Answer:
+    """Return the job script and the map of ranks, or submit the script and return the job's number."""
+    from dist_llm.launcher.slurm import render_job, submit
+
+    script = render_job(plan, config)
+    if dry_run:
+        return Answer(f"{script}\n{plan}", {**plan.as_json(), "script": script})
+    job = submit(script, config.run.folder.parent)
+    return Answer(f"submitted as job {job}: squeue -j {job}")
 
 
 def _finished_step(config: RunConfig) -> int | None:
@@ -71,4 +87,4 @@ def _worker_words(arguments: argparse.Namespace) -> list[str]:
     return [*debug, *file, *arguments.overrides]
 
 
-LAUNCH = Command("start the ranks of a run on this machine and train", add_arguments, main, preemptible=True)
+LAUNCH = Command("start the ranks of a run, here or as a SLURM job, and train", add_arguments, main, preemptible=True)

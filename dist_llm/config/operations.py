@@ -91,7 +91,7 @@ class LauncherConfig(Section):
     """Who starts the ranks, how many, and with what limits."""
 
     name: Literal["local", "torchrun", "slurm", "mpi", "container"] = "local"
-    """What `dist-llm launch` starts ranks with; this version takes local only."""
+    """What `dist-llm launch` starts ranks with: this machine, or a job of SLURM; this version takes no other."""
     nproc: int = Field(1, ge=1, le=4096)
     """Ranks that `dist-llm launch` starts on a node."""
     nodes: int = Field(1, ge=1, le=65536)

@@ -1,8 +1,8 @@
 """What makes a config fit into the memory of its devices: single changes and pairs, nearest first, with what they need.
 
-    recompute, a smaller microbatch, ZeRO, sequence parallelism      the same ranks do the same work otherwise
-    tensor, pipeline, context, expert                                 each takes ranks from the data axis
-    more ranks                                                        where none of these is enough
+recompute, a smaller microbatch, ZeRO, sequence parallelism      the same ranks do the same work otherwise
+tensor, pipeline, context, expert                                 each takes ranks from the data axis
+more ranks                                                        where none of these is enough
 """
 
 from __future__ import annotations

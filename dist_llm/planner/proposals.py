@@ -17,6 +17,7 @@ from dist_llm.config.rules import divisors
 from dist_llm.config.run import RunConfig
 
 MICROBATCHES = (1, 2, 4, 8, 16)
+RECOMPUTES = ("none", "selective", "full")
 MOST_CHUNKS = 6
 LONG_SEQUENCE = 8192
 """Tokens from which splitting a sequence over ranks is weighed."""
@@ -26,18 +27,23 @@ Choice = dict[str, Any]
 _ASKED = tuple(rule for rule in RULES if rule.name not in OF_THIS_MACHINE)
 
 
-def propose_layouts(config: RunConfig, ranks: int, devices_per_node: int) -> Iterator[RunConfig]:
-    """Yield legal configs that differ from `config` in layout, microbatch and recompute."""
+def propose_layouts(config: RunConfig, ranks: int, devices_per_node: int) -> Iterator[tuple[RunConfig, ...]]:
+    """Yield legal configs that differ from `config` in layout and microbatch, each with ever more recomputed.
+
+    The first of them that fits is the fastest: recompute costs time and saves memory.
+    """
     for split in _splits(config, ranks, devices_per_node):
         for microbatch in MICROBATCHES:
             if config.data.global_batch % (split["data"] * microbatch):
                 break
+            data = config.data.model_copy(update={"microbatch": microbatch})
             for inner in _inner(config, split, microbatch):
-                parallel = config.parallel.model_copy(update={**split, **inner})
-                data = config.data.model_copy(update={"microbatch": microbatch})
-                proposed = config.model_copy(update={"parallel": parallel, "data": data})
-                if not any(rule(proposed, ranks) for rule in _ASKED):
-                    yield proposed
+                plain = config.parallel.model_copy(update={**split, **inner})
+                layouts = [plain.model_copy(update={"recompute": recompute}) for recompute in RECOMPUTES]
+                proposed = [config.model_copy(update={"parallel": layout, "data": data}) for layout in layouts]
+                legal = tuple(each for each in proposed if not any(rule(each, ranks) for rule in _ASKED))
+                if legal:
+                    yield legal
 
 
 def _splits(config: RunConfig, ranks: int, devices_per_node: int) -> Iterator[Choice]:
@@ -71,12 +77,11 @@ def _experts(model: ModelConfig, shards: int) -> tuple[int, ...]:
 
 
 def _inner(config: RunConfig, split: Choice, microbatch: int) -> Iterator[Choice]:
-    """Yield schedule, ZeRO stage and recompute for a split."""
+    """Yield schedule and ZeRO stage for a split."""
     stages = (1, 3) if split["data"] * split["context"] > 1 else (0,)
     for schedule in _schedules(config, split, microbatch):
         for zero in stages if split["pipeline"] == 1 else stages[:1]:
-            for recompute in ("none", "selective", "full"):
-                yield {**schedule, "zero": zero, "recompute": recompute}
+            yield {**schedule, "zero": zero}
 
 
 def _schedules(config: RunConfig, split: Choice, microbatch: int) -> Iterator[Choice]:

@@ -52,13 +52,15 @@ def rank_layouts(config: RunConfig, ranks: int) -> Ranking:
     fitting: list[Ranked] = []
     smallest: tuple[int, RunConfig, Footprint] | None = None
     proposed = 0
-    for each in propose_layouts(config, ranks, node_devices(config)):
-        proposed += 1
-        memory = predict_memory(each, ranks)
-        if memory.fits(limit):
-            fitting.append(Ranked(each, memory, predict_step(each, ranks)))
-        elif smallest is None or memory.peak_bytes < smallest[0]:
-            smallest = (memory.peak_bytes, each, memory)
+    for variants in propose_layouts(config, ranks, node_devices(config)):
+        for each in variants:
+            proposed += 1
+            memory = predict_memory(each, ranks)
+            if memory.fits(limit):
+                fitting.append(Ranked(each, memory, predict_step(each, ranks)))
+                break
+            if smallest is None or memory.peak_bytes < smallest[0]:
+                smallest = (memory.peak_bytes, each, memory)
     fitting.sort(key=lambda ranked: (ranked.step.seconds, ranked.peak_gib))
     too_large = None
     if smallest is not None and not fitting:

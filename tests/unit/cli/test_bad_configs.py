@@ -58,7 +58,10 @@ BAD: list[tuple[str | list[str], list[str]]] = [
     ),
     ("engine.fp8=hybrid", ["engine.fp8=hybrid is for engine=megatron, not native; use none"]),
     ("engine=native2", ["engine=native2 is not one of the 3 presets of engine; use native, deepspeed or megatron"]),
-    ("launcher=slurm", ["launcher.name=slurm is not part of this version", "torchrun -m dist_llm train", "use local"]),
+    (
+        "launcher=mpi",
+        ["launcher.name=mpi is not part of this version", "torchrun -m dist_llm train", "use local or slurm"],
+    ),
     ("launcher.nodes=2", ["launcher.nodes=2 must be 1 under launcher=local"]),
     ("model=lama-tiny", ["model=lama-tiny is not one of the", "use llama-tiny"]),
     ("model=", ["model='' is not one of the"]),

@@ -14,7 +14,7 @@ from dist_llm.config.document import parse_document, render_document
 from dist_llm.config.run import RunConfig
 from dist_llm.errors import ConfigError
 
-NOT_YET = {"launcher": ("container", "mpi", "slurm", "torchrun")}
+NOT_YET = {"launcher": ("container", "mpi", "torchrun")}
 """Names that the design promises and the rules of this version refuse."""
 
 

@@ -366,9 +366,9 @@ BROKEN: list[tuple[str, dict[str, object], int | None, str]] = [
     ),
     (
         "launcher_is_built",
-        {"launcher__name": "slurm"},
+        {"launcher__name": "mpi"},
         None,
-        "launcher.name=slurm is not part of this version; start ranks with torchrun -m dist_llm train; use local",
+        "launcher.name=mpi is not part of this version; start ranks with torchrun -m dist_llm train; use local or slurm",
     ),
     (
         "local_launcher_has_one_node",
