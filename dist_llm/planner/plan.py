@@ -106,7 +106,7 @@ def _plan_flops(request: PlanRequest, law: Law, flops: float) -> Plan:
     """Return the plan of so many training FLOPs."""
     size, shapes = _model(request, law, flops)
     shape = shapes[0]
-    seq_len = _seq_len(request, shape.num_params)
+    seq_len = request.data.seq_len or min(4096, shape.model.max_seq_len)
     batch = recommend(law_parameters(shape, embeddings=False), size.tokens, seq_len)
     nodes, devices = _machines(request)
     sequences = request.data.global_batch or round_batch(batch.batch_sequences)
@@ -118,7 +118,7 @@ def _plan_flops(request: PlanRequest, law: Law, flops: float) -> Plan:
             break
         sequences *= 2
     if not ranking.proposed:
-        raise refuse_batch(request, sequences, devices)
+        raise refuse_batch(request, draft, devices)
     if not ranking.fitting:
         raise refuse_memory(request, shape, ranking, nodes)
     best = ranking.fitting[0]
@@ -171,8 +171,6 @@ def precision_of(request: PlanRequest) -> str:
 def _seq_len(request: PlanRequest, num_params: float) -> int:
     if request.data.seq_len is not None:
         return request.data.seq_len
-    if request.preset is not None:
-        return min(4096, request.preset.max_seq_len)
     return 4096 if num_params >= 1e9 else 2048 if num_params >= 1e8 else 512
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from dist_llm.config.checks import OF_THIS_MACHINE, RULES, check
 from dist_llm.config.request import PlanRequest
+from dist_llm.config.run import RunConfig
 from dist_llm.errors import ConfigError, Violation
 from dist_llm.planner.ranking import FULL, Ranking
 from dist_llm.planner.shapes import Shape
@@ -32,9 +34,12 @@ def refuse_years(request: PlanRequest, days: float, most_days: float, flops: flo
     return ConfigError([Violation("cluster.nodes", nodes, rule, (more,)), *_less(request, less)])
 
 
-def refuse_batch(request: PlanRequest, sequences: int, devices: int) -> ConfigError:
-    """Return the error of more devices than a batch can be dealt to."""
-    nodes = request.cluster.nodes or 1
+def refuse_batch(request: PlanRequest, draft: RunConfig, devices: int) -> ConfigError:
+    """Return the error of a run that has no layout: rules that it breaks on any, or a batch for fewer devices."""
+    elsewhere = {slip.words for rule in RULES if rule.name in OF_THIS_MACHINE for slip in rule(draft, None)}
+    if broken := [violation for violation in check(draft, None) if violation.rule not in elsewhere]:
+        return ConfigError(broken)
+    nodes, sequences = request.cluster.nodes or 1, draft.data.global_batch
     rule = f"has {devices} devices, and a batch of {sequences} sequences can be dealt to so many in no layout"
     fewer = max(1, nodes // 2)
     return ConfigError(

@@ -1,0 +1,170 @@
+"""From a budget to a plan: it spends what it may, fits, is legal, and says what comes nearest when there is none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dist_llm.cli.main import main
+from dist_llm.config.checks import OF_THIS_MACHINE, RULES, check
+from dist_llm.config.decode import decode
+from dist_llm.errors import ExitCode
+from dist_llm.planner.plan import round_batch
+from dist_llm.planner.published_laws import PUBLISHED
+from dist_llm.planner.ranking import FULL
+
+Plan = Callable[..., dict[str, Any]]
+CLUSTER = ("cluster=h100-sxm", "cluster.nodes=1")
+
+
+@pytest.fixture
+def plan(capsys: pytest.CaptureFixture[str]) -> Plan:
+    """Return what the command answers under --json."""
+
+    def run(*words: str) -> dict[str, Any]:
+        assert main(["plan", *words, "--json"]) == ExitCode.DONE
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Return what the command says when there is no plan."""
+
+    def run(*words: str) -> str:
+        assert main(["plan", *words]) == ExitCode.CONFIG
+        return capsys.readouterr().err
+
+    return run
+
+
+def test_it_is_the_law_s_optimum(plan: Plan) -> None:
+    found = plan("budget.flops=1e20", *CLUSTER)
+    best = PUBLISHED["besiroglu"].optimal(1e20)
+    assert found["law"]["name"] == "besiroglu"
+    assert found["model"]["num_params"] == pytest.approx(best.num_params, rel=0.1)
+    assert found["tokens"] * found["model"]["num_params"] * 6 == pytest.approx(1e20, rel=0.01)
+    assert found["loss"] == pytest.approx(best.loss, rel=1e-3)
+    low, high = found["loss_interval"]
+    assert low < found["loss"] < high
+    assert {"besiroglu", "hoffmann-1", "hoffmann-2", "hoffmann-3", "kaplan"} <= {law["name"] for law in found["laws"]}
+
+
+def test_layouts_fit_and_are_sorted(plan: Plan) -> None:
+    found = plan("budget.flops=1e20", *CLUSTER, "--top", "50")
+    layouts = found["layouts"]
+    assert [each["step_seconds"] for each in layouts] == sorted(each["step_seconds"] for each in layouts)
+    assert all(each["memory_gib"]["peak"] <= FULL * 79.6 for each in layouts)
+    assert all(sum(each["components"].values()) == pytest.approx(each["step_seconds"]) for each in layouts)
+    front = found["pareto"]
+    assert [point["step_seconds"] for point in front] == sorted((p["step_seconds"] for p in front), reverse=True)
+    assert front[-1]["step_seconds"] == layouts[0]["step_seconds"]
+
+
+def test_time_money_and_energy_follow_from_the_step(plan: Plan) -> None:
+    found = plan("budget.flops=1e20", *CLUSTER)
+    work = found["steps"] * found["step_seconds"]
+    hours = found["interruptions"]["wall_seconds"] * 8 / 3600
+    assert found["interruptions"]["wall_seconds"] > work
+    assert found["gpu_hours"] == pytest.approx(hours)
+    assert found["usd"] == pytest.approx(hours * 2.3)
+    assert found["days"] == pytest.approx(hours / 8 / 24)
+    dear = plan("budget.flops=1e20", *CLUSTER, "cluster.usd_per_device_hour=4.6")
+    assert dear["usd"] == pytest.approx(2 * found["usd"])
+
+
+@pytest.mark.parametrize("budget", [("gpu_hours", 100.0), ("usd", 300.0)])
+def test_a_budget_of_hours_or_money_is_met(plan: Plan, budget: tuple[str, float]) -> None:
+    name, amount = budget
+    found = plan(f"budget.{name}={amount}", *CLUSTER)
+    assert found[name] == pytest.approx(amount, rel=0.02)
+
+
+def test_the_written_config_trains_what_was_planned(plan: Plan, tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    found = plan("budget.flops=1e20", "cluster=a100-80gb", "cluster.nodes=4", "--write", str(path))
+    config = decode(yaml.safe_load(path.read_text()))
+    assert [v for v in check(config, 32) if v.key != "launcher.name"] == []
+    assert (config.launcher.name, config.launcher.nodes, config.launcher.nproc) == ("slurm", 4, 8)
+    tokens = config.run.steps * config.data.global_batch * config.data.seq_len
+    assert tokens == found["tokens"]
+    assert config.optimizer.lr == found["optimizer"]["lr"]
+    layout = {f"parallel.{key}": value for key, value in config.parallel.model_dump().items()}
+    assert found["layouts"][0]["overrides"].items() <= {**layout, "data.microbatch": config.data.microbatch}.items()
+    assert main(["launch", "--dry-run", "--config", str(path)]) == ExitCode.DONE
+
+
+def test_pictures_are_drawn(plan: Plan, tmp_path: Path) -> None:
+    found = plan("budget.flops=1e19", *CLUSTER, "--pictures", str(tmp_path / "drawn"))
+    assert [Path(path).name for path in found["pictures"]] == ["isoflop.png", "layouts.png"]
+    assert all(Path(path).read_bytes().startswith(b"\x89PNG") for path in found["pictures"])
+
+
+def test_little_data_is_repeated_and_serving_makes_it_smaller(plan: Plan) -> None:
+    plain = plan("budget.flops=1e20", *CLUSTER)
+    repeated = plan("budget.flops=1e20", *CLUSTER, "data.tokens=4e9")
+    assert repeated["epochs"] == pytest.approx(repeated["tokens"] / 4e9, rel=0.02)
+    assert repeated["tokens"] > plain["tokens"]
+    assert repeated["loss"] > plain["loss"]
+    served = plan("budget.flops=1e20", *CLUSTER, "serving.tokens=1e11")
+    assert served["model"]["num_params"] < 0.8 * plain["model"]["num_params"]
+    assert served["serving"]["saved_flops"] > 0
+
+
+def test_a_given_model_keeps_its_shape(plan: Plan) -> None:
+    found = plan("budget.flops=1e19", *CLUSTER, "model=gpt2-124m", "data.seq_len=1024")
+    assert found["model"]["num_params"] == 124439808
+    assert found["tokens"] == pytest.approx(1e19 / 6 / 124439808, rel=0.01)
+
+
+def test_experts_count_by_what_a_token_meets(plan: Plan) -> None:
+    found = plan("budget.flops=1e20", *CLUSTER, "model.moe.num_experts=8", "model.moe.top_k=2")
+    model = found["model"]
+    assert model["active_params"] < 0.6 * model["num_params"]
+    assert 6 * model["active_params"] * found["tokens"] == pytest.approx(1e20, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["cluster=h100-sxm"], "budget.flops=unset must be given"),
+        (["budget.flops=1e20", "budget.usd=5"], "budget.usd=5 is one of budget.flops and budget.usd: give one"),
+        (["budget.flops=-1"], "budget.flops=-1 must be greater than 0"),
+        (["budget.flops=1e20", "data.tokens=-5"], "data.tokens=-5 must be at least 1; use 1"),
+        (["budget.flops=1e20", "cluster=h200-sx"], "cluster=h200-sx is not one of the"),
+        (["budget.flops=1e20", "law=chinchila"], "is neither a published law nor a law file"),
+        (["budget.flops=10"], "is too little to train anything"),
+        (["budget.flop=1e20"], "did you mean budget.flops?"),
+        (["budget.flops=1e27", *CLUSTER], "cluster.nodes=1 "),
+        (
+            ["budget.flops=1e20", "model=llama3-405b", *CLUSTER],
+            "cluster.nodes=1 holds no layout of 4.06e+11 parameters",
+        ),
+        (["budget.flops=1e19", "model=gpt2-124m", "data.seq_len=4096", *CLUSTER], "data.seq_len=4096 must not exceed"),
+        (["budget.flops=1e18", "cluster=h100-sxm", "cluster.nodes=4096"], "can be dealt to so many in no layout"),
+    ],
+)
+def test_what_cannot_be_is_said_with_what_is_near(refused: Callable[..., str], words: list[str], said: str) -> None:
+    assert said in refused(*words)
+
+
+def test_more_nodes_than_said_hold_the_model(refused: Callable[..., str], plan: Plan) -> None:
+    said = refused("budget.flops=1e22", "model=llama3-70b", "cluster=a100-80gb", "cluster.nodes=1")
+    nodes = said.partition("; use ")[2].split()[0]
+    assert plan("budget.flops=1e22", "model=llama3-70b", "cluster=a100-80gb", f"cluster.nodes={nodes}")["layouts"]
+
+
+@pytest.mark.parametrize(("sequences", "rounded"), [(1, 1), (2.4, 2), (5.5, 6), (100, 96), (400, 384), (700, 768)])
+def test_batches_are_round(sequences: float, rounded: int) -> None:
+    assert round_batch(sequences) == rounded
+
+
+def test_rules_of_this_machine_exist() -> None:
+    assert {rule.name for rule in RULES} >= OF_THIS_MACHINE
