@@ -187,6 +187,8 @@ def _say(fitted: Fit, predictions: Sequence[Prediction]) -> list[str]:
             f"at up to {trust.largest_runs_reach:.3g} times the compute",
             f"trust it to about {trust.flops[1] * trust.largest_runs_reach:.2g} FLOPs; beyond, nothing here tests it",
         ]
+    else:
+        lines.append("too few runs to fit some and predict larger ones: how far to trust it is not known")
     for prediction in predictions:
         low, high = prediction.interval
         reach = prediction.run.flops / trust.flops[1]

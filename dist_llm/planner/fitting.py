@@ -30,7 +30,7 @@ FLOORS = (0.4, 0.8)
 LEAST_EXPONENT, LARGEST_EXPONENT = 0.02, 3.0
 LEAST_SHARE = 1e-6
 """A term is at least this share of the least loss: its logarithm has no bottom where runs show nothing of it."""
-_COARSE, _FINE = 1e-7, 1e-15
+_COARSE, _FINE = 1e-4, 1e-15
 """Relative decrease at which L-BFGS stops: from each start of the grid, and from the best end of those."""
 _STEPS, _ENOUGH = 200, 1e-6
 """Damped Newton steps at most, and the relative decrease at which a variant is left alone."""
@@ -151,11 +151,12 @@ def huber(residuals: Array, delta: float) -> Array:
 
 def solve(problem: Problem) -> tuple[Array, Solution]:
     """Return q and the fit of least objective over all starts; a prior is then weighed by the noise that was found."""
-    best = _descend(problem, problem.starts())
+    ends = [_minimise(problem, start, _COARSE) for start in problem.starts()]
+    best = _minimise(problem, min(ends, key=lambda end: problem.value(end)[0]), _FINE)
     if problem.prior is not None:
-        for _ in range(3):
+        for _ in range(2):
             problem.pull = problem.delta * noise(problem, best) / problem.prior.deviation**2
-            best = _descend(problem, [best, problem.starts()[0]])
+            best = _minimise(problem, best, _FINE)
     residuals, _ = problem.residuals(best)
     return best, Solution(problem.constants(best), float(huber(residuals, problem.delta).sum()))
 
@@ -168,14 +169,8 @@ def noise(problem: Problem, q: Array) -> float:
     return float(np.abs(residuals).sum() / max(1, residuals.size - 5))
 
 
-def _descend(problem: Problem, starts: list[Array]) -> Array:
-    """Return the best end of L-BFGS over the starts, driven to the bottom."""
-    ends = [_minimise(problem, start, _COARSE) for start in starts]
-    best: Array = _minimise(problem, min(ends, key=lambda end: problem.value(end)[0]), _FINE)
-    return best
-
-
 def _minimise(problem: Problem, start: Array, precision: float) -> Array:
+    """Return the end of L-BFGS from a start."""
     from scipy.optimize import minimize
 
     options = {"maxiter": 1000, "maxfun": 2000, "ftol": precision, "gtol": 1e-9, "maxcor": 30}

@@ -18,7 +18,6 @@ from dist_llm.planner.fitting import (
     Prior,
     Problem,
     Run,
-    Solution,
     Variants,
     solve,
     solve_variants,
@@ -33,6 +32,8 @@ FEWEST_RUNS = 6
 MANY_RUNS = 100
 """With fewer a fit leans on the published exponents unless told otherwise, and residuals are resampled, not runs."""
 RESAMPLES = 200
+LEAST_SCATTER = 1e-3
+"""Runs that differ in their seed alone differ by more in ln L, however well a law goes through a few of them."""
 LARGEST_SHARE = 0.25
 """Share of the runs, those of most compute, that are predicted from the rest."""
 
@@ -111,8 +112,10 @@ def fit_law(
 ) -> Fit:
     """Return the law of at least FEWEST_RUNS runs with its intervals and trust; the same for the same seed."""
     runs = tuple(runs)
-    law, solution = _fit_once(runs, name, delta, prior, resamples, seed)
-    largest, reach = _predict_largest(runs, delta, prior, resamples, seed)
+    problem = Problem(runs, delta, prior)
+    best, solution = solve(problem)
+    law = _law_of(problem, best, runs, name, _Resampling(resamples, seed))
+    largest, reach = _predict_largest(runs, delta, prior, _Resampling(resamples, seed))
     off = [prediction_error(prediction) for prediction in largest]
     if off:
         law = replace(law, widening=max(law.widening, math.sqrt(sum(z * z for z in off) / len(off))))
@@ -120,7 +123,7 @@ def fit_law(
         _range(runs, "num_params"),
         _range(runs, "tokens"),
         _range(runs, "flops"),
-        _left_out_error(runs, delta, prior),
+        _left_out_error(problem, best, runs),
         tuple(largest),
         reach,
     )
@@ -133,30 +136,31 @@ def prediction_error(prediction: Prediction) -> float:
     return abs(math.log(prediction.loss / prediction.run.loss)) / (math.log(high / low) / (2 * NORMAL_95))
 
 
-def _fit_once(
-    runs: tuple[Run, ...], name: str, delta: float, prior: Prior | None, resamples: int, seed: int
-) -> tuple[ParametricLaw, Solution]:
-    """Return the law with constants of resampled runs, and its solution."""
-    from scipy.stats import t
+@dataclass(frozen=True)
+class _Resampling:
+    count: int
+    seed: int
 
-    problem = Problem(runs, delta, prior)
-    best, solution = solve(problem)
+
+def _law_of(problem: Problem, best: Array, runs: tuple[Run, ...], name: str, resampling: _Resampling) -> ParametricLaw:
+    """Return the law that `best` is, with constants of resampled runs."""
+    from scipy.special import stdtrit
+
     residuals, _ = problem.residuals(best)
-    variants = solve_variants(problem, best, _resample(residuals, resamples, seed))
+    variants = solve_variants(problem, best, _resample(residuals, resampling))
     freedom = max(1, len(runs) - 5)
-    law = ParametricLaw(
+    return ParametricLaw(
         name,
         f"fitted to {len(runs)} runs",
-        solution.constants,
+        problem.constants(best),
         resamples=tuple(problem.constants(q) for q in variants),
-        scatter=math.sqrt(float(residuals @ residuals) / freedom),
-        widening=float(t.ppf(0.975, freedom)) / NORMAL_95,
+        scatter=max(LEAST_SCATTER, math.sqrt(float(residuals @ residuals) / freedom)),
+        widening=float(stdtrit(freedom, 0.975)) / NORMAL_95,
         fitted_flops=_range(runs, "flops"),
     )
-    return law, solution
 
 
-def _resample(residuals: Array, resamples: int, seed: int) -> Variants:
+def _resample(residuals: Array, resampling: _Resampling) -> Variants:
     """Return resamples of the runs.
 
     Many runs are drawn with replacement. Of few that could leave a size or a length out altogether: all stay, and each
@@ -164,7 +168,7 @@ def _resample(residuals: Array, resamples: int, seed: int) -> Variants:
     """
     import numpy as np
 
-    generator, num_runs = np.random.default_rng(seed), residuals.size
+    generator, num_runs, resamples = np.random.default_rng(resampling.seed), residuals.size, resampling.count
     drawn = generator.integers(0, num_runs, (resamples, num_runs))
     if num_runs >= MANY_RUNS:
         weights = np.stack([np.bincount(row, minlength=num_runs) for row in drawn]).astype(float)
@@ -175,15 +179,16 @@ def _resample(residuals: Array, resamples: int, seed: int) -> Variants:
 
 
 def _predict_largest(
-    runs: tuple[Run, ...], delta: float, prior: Prior | None, resamples: int, seed: int
+    runs: tuple[Run, ...], delta: float, prior: Prior | None, resampling: _Resampling
 ) -> tuple[list[Prediction], float]:
     """Predict the runs of most compute from the rest; nothing where the rest would be too few."""
     ordered = sorted(runs, key=lambda run: run.flops)
     count = max(1, round(LARGEST_SHARE * len(runs)))
     rest, largest = tuple(ordered[:-count]), ordered[-count:]
-    if len(rest) <= FEWEST_RUNS:
+    if len(rest) < FEWEST_RUNS:
         return [], math.nan
-    law, _ = _fit_once(rest, "rest", delta, prior, resamples, seed)
+    problem = Problem(rest, delta, prior)
+    law = _law_of(problem, solve(problem)[0], rest, "rest", resampling)
     found = []
     for run in largest:
         interval = law.loss_interval(run.num_params, run.tokens)
@@ -192,12 +197,10 @@ def _predict_largest(
     return found, largest[-1].flops / rest[-1].flops
 
 
-def _left_out_error(runs: tuple[Run, ...], delta: float, prior: Prior | None) -> float:
+def _left_out_error(problem: Problem, best: Array, runs: tuple[Run, ...]) -> float:
     """Return the mean absolute relative error of each run predicted from all others."""
     import numpy as np
 
-    problem = Problem(runs, delta, prior)
-    best, _ = solve(problem)
     weights = 1 - np.eye(len(runs))
     found = solve_variants(problem, best, Variants(weights, np.zeros_like(weights)))
     laws = [problem.constants(q) for q in found]

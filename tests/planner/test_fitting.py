@@ -94,12 +94,12 @@ def test_a_larger_run_is_predicted(fitted: Fit) -> None:
 
 
 def test_intervals_hold_as_often_as_they_say() -> None:
-    """Of 20 ladders with a scatter of 0.5 %, 95 % intervals of a run at 4 times the compute; 16 is 3 deviations off."""
+    """Of 8 ladders with a scatter of 0.5 %, 95 % intervals of a run at 4 times the compute; 5 is 4 deviations off."""
     num_params = math.sqrt(4 * 3e14 / 120)
     tokens = 4 * 3e14 / (6 * num_params)
     large = Run("large", num_params, tokens, TRUTH.loss(num_params, tokens))
-    fits = [fit_law(_ladder(12, 0.005, seed), prior=PUBLISHED_PRIOR, resamples=40) for seed in range(20)]
-    assert sum(fit.predict(large).contained for fit in fits) >= 16
+    fits = [fit_law(_ladder(12, 0.005, seed), prior=PUBLISHED_PRIOR, resamples=40) for seed in range(8)]
+    assert sum(fit.predict(large).contained for fit in fits) >= 6
 
 
 def test_the_same_seed_gives_the_same_law(fitted: Fit) -> None:
