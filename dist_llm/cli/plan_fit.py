@@ -140,7 +140,7 @@ def _describe(fitted: Fit, predictions: Sequence[Prediction]) -> dict[str, objec
     from dist_llm.planner.law_file import describe_fit
 
     largest = fitted.trust.flops[1]
-    law = describe_fit(fitted).model_dump(mode="json")
+    law = describe_fit(fitted).model_dump(mode="json", exclude={"resamples"})
     law["intervals"] = {name: fitted.constant_interval(name) for name in ("E", "A", "B", "alpha", "beta")}
     return {
         "law": law,
@@ -153,7 +153,7 @@ def _describe(fitted: Fit, predictions: Sequence[Prediction]) -> dict[str, objec
             for run in fitted.runs
         ],
         "held_out": [_as_data(prediction) for prediction in predictions],
-        "optimal": [vars(fitted.optimal(times * largest)) for times in FORESIGHT],
+        "optimal": [vars(fitted.law.optimal(times * largest)) for times in FORESIGHT],
     }
 
 
@@ -172,23 +172,23 @@ def _say(fitted: Fit, predictions: Sequence[Prediction]) -> list[str]:
     """Return the fit in words."""
     law, trust = fitted.law.constants, fitted.trust
     ranges = {"N": trust.num_params, "D": trust.tokens, "C": trust.flops}
+    held = "" if fitted.prior is None else f"; exponents held near {fitted.prior.exponent} +- {fitted.prior.deviation}"
     lines = [
         f"{len(fitted.runs)} runs: "
         + ", ".join(f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in ranges.items()),
         f"L(N, D) = {law.E:.4f} + {law.A:.5g} / N^{law.alpha:.4f} + {law.B:.5g} / D^{law.beta:.4f} nats a token",
         "  " + ", ".join(f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in _intervals(fitted).items()),
-        f"  Huber sum {fitted.huber_sum:.8f}, runs scatter by {fitted.law.scatter:.2%} about it"
-        + (
-            "" if fitted.prior is None else f"; exponents held near {fitted.prior.exponent} +- {fitted.prior.deviation}"
-        ),
+        f"  Huber sum {fitted.huber_sum:.8f}, runs scatter by {fitted.law.scatter:.2%} about it{held}",
         f"a run predicted from all others is {trust.left_out_error:.2%} off",
     ]
-    if trust.largest_runs:
+    if count := len(trust.largest_runs):
         lines += [
-            f"the {len(trust.largest_runs)} largest runs predicted from the rest are {trust.largest_runs_error:.2%} off, "
+            f"the {count} largest runs predicted from the rest are {trust.largest_runs_error:.2%} off, "
             f"at up to {trust.largest_runs_reach:.3g} times the compute",
             f"trust it to about {trust.flops[1] * trust.largest_runs_reach:.2g} FLOPs; beyond, nothing here tests it",
         ]
+    else:
+        lines.append("too few runs to fit some and predict larger ones: how far to trust it is not known")
     for prediction in predictions:
         low, high = prediction.interval
         reach = prediction.run.flops / trust.flops[1]
@@ -197,7 +197,7 @@ def _say(fitted: Fit, predictions: Sequence[Prediction]) -> list[str]:
             f"({low:.4f} to {high:.4f}), measured {prediction.run.loss:.4f}, {prediction.error:+.2%}"
             + ("" if prediction.contained else ", outside the interval")
         )
-    return lines + [_say_optimum(times, fitted.optimal(times * trust.flops[1])) for times in FORESIGHT]
+    return lines + [_say_optimum(times, fitted.law.optimal(times * trust.flops[1])) for times in FORESIGHT]
 
 
 def _intervals(fitted: Fit) -> dict[str, tuple[float, float]]:

@@ -3,7 +3,7 @@
     minimise  sum_i w_i Huber_d(LSE(a - alpha ln N_i, b - beta ln D_i, e) - ln L_i)      A = e^a, B = e^b, E = e^e
 
 d = 1e-3, by L-BFGS from a grid of starts. Here ln N and ln D are measured from their means: the terms are then of the
-loss's own size, constants hardly pull on exponents, and every start ends in the same place. Many weightings of the same
+loss's own size, constants hardly pull on exponents, and every start ends in the same place. Many variants of the same
 runs (resamples, runs left out) are solved side by side by damped Newton steps on reweighted squares.
 """
 
@@ -30,10 +30,10 @@ FLOORS = (0.4, 0.8)
 LEAST_EXPONENT, LARGEST_EXPONENT = 0.02, 3.0
 LEAST_SHARE = 1e-6
 """A term is at least this share of the least loss: its logarithm has no bottom where runs show nothing of it."""
-_COARSE, _FINE = 1e-7, 1e-15
+_COARSE, _FINE = 1e-4, 1e-15
 """Relative decrease at which L-BFGS stops: from each start of the grid, and from the best end of those."""
 _STEPS, _ENOUGH = 200, 1e-6
-"""Damped Newton steps at most, and the relative decrease at which a weighting is left alone."""
+"""Damped Newton steps at most, and the relative decrease at which a variant is left alone."""
 
 
 @dataclass(frozen=True)
@@ -151,11 +151,12 @@ def huber(residuals: Array, delta: float) -> Array:
 
 def solve(problem: Problem) -> tuple[Array, Solution]:
     """Return q and the fit of least objective over all starts; a prior is then weighed by the noise that was found."""
-    best = _descend(problem, problem.starts())
+    ends = [_minimise(problem, start, _COARSE) for start in problem.starts()]
+    best = _minimise(problem, min(ends, key=lambda end: problem.value(end)[0]), _FINE)
     if problem.prior is not None:
-        for _ in range(3):
+        for _ in range(2):
             problem.pull = problem.delta * noise(problem, best) / problem.prior.deviation**2
-            best = _descend(problem, [best, problem.starts()[0]])
+            best = _minimise(problem, best, _FINE)
     residuals, _ = problem.residuals(best)
     return best, Solution(problem.constants(best), float(huber(residuals, problem.delta).sum()))
 
@@ -168,14 +169,8 @@ def noise(problem: Problem, q: Array) -> float:
     return float(np.abs(residuals).sum() / max(1, residuals.size - 5))
 
 
-def _descend(problem: Problem, starts: list[Array]) -> Array:
-    """Return the best end of L-BFGS over the starts, driven to the bottom."""
-    ends = [_minimise(problem, start, _COARSE) for start in starts]
-    best: Array = _minimise(problem, min(ends, key=lambda end: problem.value(end)[0]), _FINE)
-    return best
-
-
 def _minimise(problem: Problem, start: Array, precision: float) -> Array:
+    """Return the end of L-BFGS from a start."""
     from scipy.optimize import minimize
 
     options = {"maxiter": 1000, "maxfun": 2000, "ftol": precision, "gtol": 1e-9, "maxcor": 30}
@@ -184,20 +179,32 @@ def _minimise(problem: Problem, start: Array, precision: float) -> Array:
     return end
 
 
-def solve_weighted(problem: Problem, start: Array, weights: Array) -> Array:
-    """Return q [S, 5] of the fits under S weightings [S, runs] of the runs, all descending from `start` side by side.
+@dataclass(frozen=True)
+class Variants:
+    """S variants of the same runs: how often each counts, and what is added to its ln L; both [S, runs]."""
+
+    weights: Array
+    shifts: Array
+
+    def some(self, which: Any) -> Variants:
+        """Return the variants that `which` picks."""
+        return Variants(self.weights[which], self.shifts[which])
+
+
+def solve_variants(problem: Problem, start: Array, variants: Variants) -> Array:
+    """Return q [S, 5] of the fits to S variants of the runs, all descending from `start` side by side.
 
     Each step solves a damped Newton system in which Huber's loss is a square of weight min(1, delta / |residual|).
     """
     import numpy as np
 
-    q = np.tile(start, (len(weights), 1))
-    damping = np.full(len(weights), 1e-3)
-    going = np.arange(len(weights))
+    count = len(variants.weights)
+    q, damping, going = np.tile(start, (count, 1)), np.full(count, 1e-3), np.arange(count)
     for _ in range(_STEPS):
-        before = _weighted_values(problem, q[going], weights[going])
-        tried = _newton_step(problem, q[going], weights[going], damping[going])
-        gain = before - _weighted_values(problem, tried, weights[going])
+        rest = variants.some(going)
+        before = _values(problem, q[going], rest)
+        tried = _newton_step(problem, q[going], rest, damping[going])
+        gain = before - _values(problem, tried, rest)
         q[going] = np.where(gain[:, None] > 0, tried, q[going])
         damping[going] = np.clip(damping[going] * np.where(gain > 0, 0.25, 8.0), 1e-9, 1e9)
         settled = (abs(gain) < _ENOUGH * before) | (damping[going] >= 1e9)
@@ -207,11 +214,11 @@ def solve_weighted(problem: Problem, start: Array, weights: Array) -> Array:
     return q
 
 
-def _newton_step(problem: Problem, q: Array, weights: Array, damping: Array) -> Array:
+def _newton_step(problem: Problem, q: Array, variants: Variants, damping: Array) -> Array:
     """Return q after one damped step, kept within bounds."""
     import numpy as np
 
-    gradient, curvature = _weighted_slopes(problem, q, weights)
+    gradient, curvature = _slopes(problem, q, variants)
     diagonal = np.einsum("sii->si", curvature) * damping[:, None] + 1e-15
     step = np.linalg.solve(curvature + diagonal[..., None] * np.eye(5), gradient[..., None])[..., 0]
     lower, upper = zip(*problem.bounds(), strict=True)
@@ -221,18 +228,20 @@ def _newton_step(problem: Problem, q: Array, weights: Array, damping: Array) -> 
     return moved
 
 
-def _weighted_values(problem: Problem, q: Array, weights: Array) -> Array:
+def _values(problem: Problem, q: Array, variants: Variants) -> Array:
     residuals, _ = problem.residuals(q)
-    total: Array = (weights * huber(residuals, problem.delta)).sum(-1) + problem.penalty(q)[0]
+    losses = huber(residuals - variants.shifts, problem.delta)
+    total: Array = (variants.weights * losses).sum(-1) + problem.penalty(q)[0]
     return total
 
 
-def _weighted_slopes(problem: Problem, q: Array, weights: Array) -> tuple[Array, Array]:
+def _slopes(problem: Problem, q: Array, variants: Variants) -> tuple[Array, Array]:
     """Return the gradient [S, 5] and the curvature [S, 5, 5] of the objective."""
     import numpy as np
 
     residuals, slopes = problem.residuals(q)
-    firm = weights * np.minimum(1.0, problem.delta / np.maximum(np.abs(residuals), 1e-300))
+    residuals = residuals - variants.shifts
+    firm = variants.weights * np.minimum(1.0, problem.delta / np.maximum(np.abs(residuals), 1e-300))
     gradient = np.einsum("sn,sni->si", firm * residuals, slopes) + problem.penalty(q)[1]
     curvature = np.einsum("sn,sni,snj->sij", firm, slopes, slopes)
     curvature[:, 3, 3] += problem.pull

@@ -69,7 +69,11 @@ def plan_ladder(
     taken: set[tuple[float, int]] = set()
     runs = []
     for index, (flops, size) in enumerate(targets):
-        shape = _nearest([shape for shape in shapes if (flops, shape[1]) not in taken], size)
+        free = [shape for shape in shapes if (flops, shape[1]) not in taken]
+        if not free:
+            rule = "leaves too few shapes so small: the vocabulary alone has nearly as many parameters; use more FLOPs"
+            raise ConfigError([Violation("model.vocab_size", base.model.vocab_size, rule)])
+        shape = _nearest(free, size)
         taken.add((flops, shape[1]))
         runs.append(_plan_run(base, ranks, shape, flops, f"{base.run.name}-{kind}-{index:02d}"))
     return runs
@@ -130,11 +134,6 @@ def _resized(base: ModelConfig, layers: int, hidden: int, heads: int) -> ModelCo
 
 def _nearest(shapes: list[tuple[ModelConfig, int]], num_params: float) -> tuple[ModelConfig, int]:
     """Return the shape nearest in parameters, and of those nearly as near the one nearest to the usual aspect."""
-    if not shapes:
-        rule = (
-            "leaves no shape so small: its vocabulary alone has more parameters; use more FLOPs or a smaller vocab_size"
-        )
-        raise ConfigError([Violation("model.vocab_size", "", rule)])
 
     def distance(shape: tuple[ModelConfig, int]) -> float:
         model, params = shape

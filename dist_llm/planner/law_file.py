@@ -1,4 +1,4 @@
-"""A fitted law as a file: JSON with constants, covariance and what the fit is worth; read without trust.
+"""A fitted law as a file: JSON with constants, those of resampled runs, and what the fit is worth; read without trust.
 
 Numbers only, checked by type and range: nothing in the file can name code, and a field that is not known is an error.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
@@ -19,13 +19,12 @@ from dist_llm.planner.laws import Constants, Law, ParametricLaw
 from dist_llm.planner.published_laws import PUBLISHED
 from dist_llm.planner.trust import Fit
 
-MAX_BYTES = 2**16
+MAX_BYTES = 2**20
 
 Positive = Annotated[float, Field(gt=0, lt=1e60)]
 Exponent = Annotated[float, Field(gt=0, le=3)]
 Range = Annotated[tuple[Positive, Positive], Field(strict=False)]
-Row = Annotated[tuple[float, float, float, float, float], Field(strict=False)]
-Matrix = Annotated[tuple[Row, Row, Row, Row, Row], Field(strict=False)]
+Resample = Annotated[tuple[Positive, Positive, Positive, Exponent, Exponent], Field(strict=False)]
 
 
 class LawFile(Section):
@@ -47,8 +46,8 @@ class LawFile(Section):
     """Exponent of parameters."""
     beta: Exponent
     """Exponent of tokens."""
-    covariance: Matrix
-    """Of (ln A, ln B, ln E, alpha, beta)."""
+    resamples: Annotated[tuple[Resample, ...], Field(strict=False, min_length=20, max_length=2000)]
+    """E, A, B, alpha and beta of the same fit to resampled runs."""
     scatter: float = Field(ge=0, le=10)
     """Standard deviation of ln L of a run about the law."""
     widening: float = Field(ge=1, le=1000)
@@ -75,11 +74,11 @@ class LawFile(Section):
             self.name,
             self.source,
             constants,
-            self.covariance,
-            self.scatter,
-            self.widening,
-            self.flops,
-            self.counts_embeddings,
+            resamples=tuple(Constants(*found) for found in self.resamples),
+            scatter=self.scatter,
+            widening=self.widening,
+            fitted_flops=self.flops,
+            counts_embeddings=self.counts_embeddings,
         )
 
 
@@ -96,7 +95,7 @@ def describe_fit(fit: Fit) -> LawFile:
             B=constants.B,
             alpha=constants.alpha,
             beta=constants.beta,
-            covariance=cast("Any", law.covariance),
+            resamples=tuple((found.E, found.A, found.B, found.alpha, found.beta) for found in law.resamples),
             scatter=law.scatter,
             widening=law.widening,
             counts_embeddings=law.counts_embeddings,
@@ -113,7 +112,10 @@ def describe_fit(fit: Fit) -> LawFile:
 
 def render_law(fit: Fit) -> str:
     """Return the text of a law file."""
-    return json.dumps(describe_fit(fit).model_dump(mode="json"), indent=1) + "\n"
+    lines = [
+        f"{json.dumps(key)}: {json.dumps(value)}" for key, value in describe_fit(fit).model_dump(mode="json").items()
+    ]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def read_law(path: Path) -> ParametricLaw:

@@ -88,6 +88,10 @@ class Constants:
         """ln G, where G = (alpha A / (beta B))^(1 / (alpha + beta))."""
         return math.log(self.alpha * self.A / (self.beta * self.B)) / (self.alpha + self.beta)
 
+    def best_params(self, flops: float) -> float:
+        """Return N* = G (C / 6)^a."""
+        return math.exp(self.log_ratio + self.exponent * math.log(flops / 6))
+
     def logs(self) -> Logs:
         """Return (ln A, ln B, ln E, alpha, beta), in which fits are made."""
         return math.log(self.A), math.log(self.B), math.log(self.E), self.alpha, self.beta
@@ -103,14 +107,16 @@ class Constants:
 class ParametricLaw:
     """L(N, D) = E + A / N^alpha + B / D^beta, and how well it is known.
 
-    covariance: of the constants' logarithms; scatter: standard deviation of ln L of a run about the law; widening: what
-    intervals of losses are multiplied by, because runs left out of the fit lay further off than those two say.
+    Intervals come from `resamples`, constants of the same fit to resampled runs, or where there are none from the
+    covariance of the constants' logarithms. scatter: standard deviation of ln L of a run about the law; widening: what
+    intervals of losses are multiplied by, because the runs are few or those left out lay further off than expected.
     """
 
     name: str
     citation: str
     constants: Constants
     covariance: Covariance | None = None
+    resamples: tuple[Constants, ...] = ()
     scatter: float = 0.0
     widening: float = 1.0
     fitted_flops: Interval | None = None
@@ -121,34 +127,31 @@ class ParametricLaw:
         return self.constants.loss(num_params, tokens)
 
     def loss_interval(self, num_params: float, tokens: float) -> Interval | None:
-        """Return where a run's loss lies with 95 %, by the delta method; None without a covariance."""
-        if self.covariance is None:
+        """Return where a run's loss lies with 95 %; None where nothing is known of how well the law is."""
+        if not self.resamples and self.covariance is None:
             return None
-        found, loss = self.constants, self.loss(num_params, tokens)
-        of_params = found.A * num_params**-found.alpha / loss
-        of_tokens = found.B * tokens**-found.beta / loss
-        slope = (
-            of_params,
-            of_tokens,
-            found.E / loss,
-            -of_params * math.log(num_params),
-            -of_tokens * math.log(tokens),
-        )
-        error = math.sqrt(max(0.0, quadratic_form(slope, self.covariance)) + self.scatter**2)
-        widest = math.exp(NORMAL_95 * self.widening * error)
-        return loss / widest, loss * widest
+        loss = self.loss(num_params, tokens)
+        if self.resamples:
+            low, high = middle_95([found.loss(num_params, tokens) for found in self.resamples])
+            below, above = max(0.0, math.log(loss / low)), max(0.0, math.log(high / loss))
+        else:
+            below = above = NORMAL_95 * self._log_loss_error(num_params, tokens)
+        below, above = (self.widening * math.hypot(part, NORMAL_95 * self.scatter) for part in (below, above))
+        return loss * math.exp(-below), loss * math.exp(above)
 
     def optimal(self, flops: float) -> Optimum:
-        """Return the N and D = C / (6 N) of least loss, intervals by the delta method."""
-        found = self.constants
-        log_params = found.log_ratio + found.exponent * math.log(flops / 6)
-        num_params, tokens = math.exp(log_params), flops / 6 * math.exp(-log_params)
+        """Return the N and D = C / (6 N) of least loss."""
+        num_params = self.constants.best_params(flops)
+        tokens = flops / (6 * num_params)
         loss = self.loss(num_params, tokens)
-        if self.covariance is None:
+        if self.resamples:
+            low, high = middle_95([found.best_params(flops) for found in self.resamples])
+        elif self.covariance is not None:
+            widest = math.exp(NORMAL_95 * self._log_params_error(self.covariance, flops))
+            low, high = num_params / widest, num_params * widest
+        else:
             return Optimum(flops, num_params, tokens, loss)
-        widest = math.exp(NORMAL_95 * self._log_params_error(self.covariance, flops))
-        around_params = (num_params / widest, num_params * widest)
-        return Optimum(flops, num_params, tokens, loss, around_params, (tokens / widest, tokens * widest))
+        return Optimum(flops, num_params, tokens, loss, (low, high), (flops / (6 * high), flops / (6 * low)))
 
     def tokens_for(self, num_params: float, loss: float) -> float:
         """Return the tokens on which N parameters reach a loss; infinite where they never do."""
@@ -159,6 +162,16 @@ class ParametricLaw:
     def budget_for(self, num_params: float) -> float:
         """Return the FLOPs for which N parameters are the best."""
         return 6 * math.exp((math.log(num_params) - self.constants.log_ratio) / self.constants.exponent)
+
+    def _log_loss_error(self, num_params: float, tokens: float) -> float:
+        """Return the standard error of ln L that the covariance of the constants makes."""
+        assert self.covariance is not None
+        found, loss = self.constants, self.loss(num_params, tokens)
+        of_params = found.A * num_params**-found.alpha / loss
+        of_tokens = found.B * tokens**-found.beta / loss
+        logs = (math.log(num_params), math.log(tokens))
+        slope = (of_params, of_tokens, found.E / loss, -of_params * logs[0], -of_tokens * logs[1])
+        return math.sqrt(max(0.0, quadratic_form(slope, self.covariance)))
 
     def _log_params_error(self, covariance: Covariance, flops: float) -> float:
         """Return the standard error of ln N* that the covariance of the constants makes."""
@@ -227,6 +240,12 @@ class KaplanLaw:
         num_params = self.params_of_pf_day * (flops / PF_DAY) ** self.budget_exponent
         tokens = flops / (6 * num_params)
         return Optimum(flops, num_params, tokens, self.loss(num_params, tokens))
+
+
+def middle_95(values: list[float]) -> Interval:
+    """Return percentiles 2.5 and 97.5."""
+    ordered = sorted(values)
+    return ordered[int(0.025 * len(ordered))], ordered[min(len(ordered) - 1, int(0.975 * len(ordered)))]
 
 
 def quadratic_form(vector: tuple[float, ...], matrix: Covariance) -> float:

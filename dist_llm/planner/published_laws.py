@@ -26,7 +26,7 @@ _REFIT_COVARIANCE = (
 """Of this project's refit of those runs, 4000 resamples. Besiroglu et al. publish its diagonal alone: standard errors
 0.0154 of alpha and 0.0206 of beta, 0.020 of the exponent; here 0.0150, 0.0206 and 0.0197. It stands in for approach 3
 itself, whose published interval of the exponent, 0.454 to 0.455, 240 runs cannot give."""
-_REFIT_SCATTER = 0.006
+_REFIT_SCATTER = 0.0076
 """Standard deviation of ln L of those runs about the refit."""
 
 

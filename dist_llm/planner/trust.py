@@ -18,20 +18,22 @@ from dist_llm.planner.fitting import (
     Prior,
     Problem,
     Run,
-    Solution,
+    Variants,
     solve,
-    solve_weighted,
+    solve_variants,
 )
-from dist_llm.planner.laws import NORMAL_95, Covariance, Interval, Optimum, ParametricLaw
+from dist_llm.planner.laws import NORMAL_95, Interval, ParametricLaw, middle_95
 
 if TYPE_CHECKING:
     from dist_llm.planner.fitting import Array
 
 FEWEST_RUNS = 6
 """One more than there are constants."""
-RUNS_THAT_NEED_NO_PRIOR = 100
-"""With fewer runs a fit leans on the published exponents unless told otherwise."""
-RESAMPLES = 400
+MANY_RUNS = 100
+"""With fewer a fit leans on the published exponents unless told otherwise, and residuals are resampled, not runs."""
+RESAMPLES = 200
+LEAST_SCATTER = 1e-3
+"""Runs that differ in their seed alone differ by more in ln L, however well a law goes through a few of them."""
 LARGEST_SHARE = 0.25
 """Share of the runs, those of most compute, that are predicted from the rest."""
 
@@ -83,7 +85,6 @@ class Fit:
     huber_sum: float
     prior: Prior | None
     trust: Trust
-    resampled: tuple[ParametricLaw, ...]
 
     def predict(self, run: Run) -> Prediction:
         """Return what the law says of a run that it was not fitted to."""
@@ -93,18 +94,12 @@ class Fit:
 
     def constant_interval(self, name: str) -> Interval:
         """Return percentiles 2.5 and 97.5 of a constant over the resamples."""
-        return _middle_95([getattr(law.constants, name) for law in self.resampled])
-
-    def optimal(self, flops: float) -> Optimum:
-        """Return the law's optimum with intervals between percentiles 2.5 and 97.5 over the resamples."""
-        found = self.law.optimal(flops)
-        low, high = _middle_95([law.optimal(flops).num_params for law in self.resampled])
-        return replace(found, num_params_interval=(low, high), tokens_interval=(flops / 6 / high, flops / 6 / low))
+        return middle_95([getattr(constants, name) for constants in self.law.resamples])
 
 
 def usual_prior(num_runs: int) -> Prior | None:
     """Return the prior on exponents that a fit to so many runs takes unless told otherwise."""
-    return PUBLISHED_PRIOR if num_runs < RUNS_THAT_NEED_NO_PRIOR else None
+    return PUBLISHED_PRIOR if num_runs < MANY_RUNS else None
 
 
 def fit_law(
@@ -117,20 +112,22 @@ def fit_law(
 ) -> Fit:
     """Return the law of at least FEWEST_RUNS runs with its intervals and trust; the same for the same seed."""
     runs = tuple(runs)
-    law, solution, resampled = _fit_once(runs, name, delta, prior, resamples, seed)
-    largest, reach = _predict_largest(runs, delta, prior, resamples, seed)
-    wider = [prediction_error(prediction) for prediction in largest]
-    widening = max(1.0, math.sqrt(sum(z * z for z in wider) / len(wider))) if wider else 1.0
+    problem = Problem(runs, delta, prior)
+    best, solution = solve(problem)
+    law = _law_of(problem, best, runs, name, _Resampling(resamples, seed))
+    largest, reach = _predict_largest(runs, delta, prior, _Resampling(resamples, seed))
+    off = [prediction_error(prediction) for prediction in largest]
+    if off:
+        law = replace(law, widening=max(law.widening, math.sqrt(sum(z * z for z in off) / len(off))))
     trust = Trust(
         _range(runs, "num_params"),
         _range(runs, "tokens"),
         _range(runs, "flops"),
-        _left_out_error(runs, delta, prior),
+        _left_out_error(problem, best, runs),
         tuple(largest),
         reach,
     )
-    law = replace(law, widening=widening)
-    return Fit(law, runs, solution.huber_sum, prior, trust, resampled)
+    return Fit(law, runs, solution.huber_sum, prior, trust)
 
 
 def prediction_error(prediction: Prediction) -> float:
@@ -139,53 +136,59 @@ def prediction_error(prediction: Prediction) -> float:
     return abs(math.log(prediction.loss / prediction.run.loss)) / (math.log(high / low) / (2 * NORMAL_95))
 
 
-def _fit_once(
-    runs: tuple[Run, ...], name: str, delta: float, prior: Prior | None, resamples: int, seed: int
-) -> tuple[ParametricLaw, Solution, tuple[ParametricLaw, ...]]:
-    """Return the law, its solution, and laws of resampled runs."""
-    import numpy as np
+@dataclass(frozen=True)
+class _Resampling:
+    count: int
+    seed: int
 
-    problem = Problem(runs, delta, prior)
-    best, solution = solve(problem)
-    weights = _resampled_weights(len(runs), resamples, seed)
-    resampled = [problem.constants(q) for q in solve_weighted(problem, best, weights)]
-    covariance = np.cov(np.array([constants.logs() for constants in resampled]).T)
+
+def _law_of(problem: Problem, best: Array, runs: tuple[Run, ...], name: str, resampling: _Resampling) -> ParametricLaw:
+    """Return the law that `best` is, with constants of resampled runs."""
+    from scipy.special import stdtrit
+
     residuals, _ = problem.residuals(best)
-    scatter = math.sqrt(float(residuals @ residuals) / max(1, len(runs) - 5))
-    law = ParametricLaw(
+    variants = solve_variants(problem, best, _resample(residuals, resampling))
+    freedom = max(1, len(runs) - 5)
+    return ParametricLaw(
         name,
         f"fitted to {len(runs)} runs",
-        solution.constants,
-        _as_tuples(covariance),
-        scatter,
+        problem.constants(best),
+        resamples=tuple(problem.constants(q) for q in variants),
+        scatter=max(LEAST_SCATTER, math.sqrt(float(residuals @ residuals) / freedom)),
+        widening=float(stdtrit(freedom, 0.975)) / NORMAL_95,
         fitted_flops=_range(runs, "flops"),
     )
-    return law, solution, tuple(ParametricLaw(name, law.citation, constants) for constants in resampled)
 
 
-def _resampled_weights(num_runs: int, resamples: int, seed: int) -> Array:
-    """Return how often each run is drawn in each resample [resamples, runs]; each has FEWEST_RUNS - 1 at least."""
+def _resample(residuals: Array, resampling: _Resampling) -> Variants:
+    """Return resamples of the runs.
+
+    Many runs are drawn with replacement. Of few that could leave a size or a length out altogether: all stay, and each
+    gets the residual of a run drawn in its place, enlarged for the five constants that were fitted to them.
+    """
     import numpy as np
 
-    generator = np.random.default_rng(seed)
-    rows: list[Array] = []
-    while len(rows) < resamples:
-        drawn = np.bincount(generator.integers(0, num_runs, num_runs), minlength=num_runs).astype(float)
-        if np.count_nonzero(drawn) >= FEWEST_RUNS - 1:
-            rows.append(drawn)
-    return np.stack(rows)
+    generator, num_runs, resamples = np.random.default_rng(resampling.seed), residuals.size, resampling.count
+    drawn = generator.integers(0, num_runs, (resamples, num_runs))
+    if num_runs >= MANY_RUNS:
+        weights = np.stack([np.bincount(row, minlength=num_runs) for row in drawn]).astype(float)
+        return Variants(weights, np.zeros_like(weights))
+    enlarged = residuals * math.sqrt(num_runs / max(1, num_runs - 5))
+    signs = generator.choice([-1.0, 1.0], (resamples, num_runs))
+    return Variants(np.ones((resamples, num_runs)), residuals - signs * enlarged[drawn])
 
 
 def _predict_largest(
-    runs: tuple[Run, ...], delta: float, prior: Prior | None, resamples: int, seed: int
+    runs: tuple[Run, ...], delta: float, prior: Prior | None, resampling: _Resampling
 ) -> tuple[list[Prediction], float]:
     """Predict the runs of most compute from the rest; nothing where the rest would be too few."""
     ordered = sorted(runs, key=lambda run: run.flops)
     count = max(1, round(LARGEST_SHARE * len(runs)))
     rest, largest = tuple(ordered[:-count]), ordered[-count:]
-    if len(rest) <= FEWEST_RUNS:
+    if len(rest) < FEWEST_RUNS:
         return [], math.nan
-    law, _, _ = _fit_once(rest, "rest", delta, prior, resamples, seed)
+    problem = Problem(rest, delta, prior)
+    law = _law_of(problem, solve(problem)[0], rest, "rest", resampling)
     found = []
     for run in largest:
         interval = law.loss_interval(run.num_params, run.tokens)
@@ -194,28 +197,17 @@ def _predict_largest(
     return found, largest[-1].flops / rest[-1].flops
 
 
-def _left_out_error(runs: tuple[Run, ...], delta: float, prior: Prior | None) -> float:
+def _left_out_error(problem: Problem, best: Array, runs: tuple[Run, ...]) -> float:
     """Return the mean absolute relative error of each run predicted from all others."""
     import numpy as np
 
-    problem = Problem(runs, delta, prior)
-    best, _ = solve(problem)
-    found = solve_weighted(problem, best, 1 - np.eye(len(runs)))
+    weights = 1 - np.eye(len(runs))
+    found = solve_variants(problem, best, Variants(weights, np.zeros_like(weights)))
     laws = [problem.constants(q) for q in found]
     errors = [abs(law.loss(run.num_params, run.tokens) / run.loss - 1) for law, run in zip(laws, runs, strict=True)]
     return sum(errors) / len(errors)
 
 
-def _middle_95(values: list[float]) -> Interval:
-    """Return percentiles 2.5 and 97.5."""
-    ordered = sorted(values)
-    return ordered[int(0.025 * len(ordered))], ordered[min(len(ordered) - 1, int(0.975 * len(ordered)))]
-
-
 def _range(runs: tuple[Run, ...], attribute: str) -> Interval:
     values = [float(getattr(run, attribute)) for run in runs]
     return min(values), max(values)
-
-
-def _as_tuples(matrix: Array) -> Covariance:
-    return tuple(tuple(float(entry) for entry in row) for row in matrix)

@@ -1,4 +1,4 @@
-"""Third-party tables that some tests read: DIST_LLM_ANCHORS names their folder, which is never in the repository."""
+"""Tables of others lie outside the repository; tests that need them say so and are skipped where they are absent."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 
+ANCHORS = "DIST_LLM_ANCHORS"
+
 
 @pytest.fixture(scope="session")
 def anchors() -> Path:
-    """Return the folder of third-party tables; skip where there is none."""
-    folder = os.environ.get("DIST_LLM_ANCHORS")
+    """Return the folder of published tables that DIST_LLM_ANCHORS names."""
+    folder = os.environ.get(ANCHORS)
     if not folder:
-        pytest.skip("DIST_LLM_ANCHORS names no folder of third-party tables")
-    path = Path(folder)
-    if not path.is_dir():
-        pytest.skip(f"DIST_LLM_ANCHORS={folder} is no folder")
-    return path
+        pytest.skip(f"{ANCHORS} names no folder of published tables")
+    return Path(folder)
