@@ -17,6 +17,7 @@ from typing import Any
 
 from dist_llm.config.checks import RULES
 from dist_llm.config.decode import decode_partly
+from dist_llm.config.engine_rules import ENGINE_RULES
 from dist_llm.config.legal import legal_values
 from dist_llm.config.rule import value_at
 from dist_llm.config.run import RunConfig
@@ -31,10 +32,10 @@ _FAMILIES = {"gpt2": "gpt2-124m", "llama": "llama2-7b"}
 _SIZES = ("num_layers", "hidden_size")
 _VOCAB = 51200
 
-_OF_THIS_MACHINE = frozenset(
-    {"launcher_is_built", "local_launcher_has_one_node", "engine_is_installed", "wandb_is_installed"}
+_UNASKED = frozenset(
+    {"launcher_is_built", "local_launcher_has_one_node", "wandb_is_installed", *(rule.name for rule in ENGINE_RULES)}
 )
-"""Rules that say what can run here and now, which a prediction does not ask."""
+"""Rules of what runs here and now, and of what the engines' present versions take: published runs had others."""
 
 _UNFILLED = ("microbatches_fill_pipeline", ("gpipe", "1f1b"))
 """A rule of torch's schedules, and those of them whose time is plain without it: published runs have broken it."""
@@ -61,8 +62,8 @@ def read_row(overrides: Mapping[str, object]) -> tuple[RunConfig, int]:
 
 
 def check_plan(config: RunConfig, ranks: int) -> list[Violation]:
-    """Return every rule that a run of the config breaks on `ranks` ranks, wherever it is run."""
-    unasked = {*_OF_THIS_MACHINE, *(_UNFILLED[:1] if config.parallel.schedule in _UNFILLED[1] else ())}
+    """Return every rule that a run of the config breaks on `ranks` ranks, wherever and whenever it is run."""
+    unasked = {*_UNASKED, *(_UNFILLED[:1] if config.parallel.schedule in _UNFILLED[1] else ())}
     rules = [rule for rule in RULES if rule.name not in unasked]
     return [
         Violation(
@@ -135,8 +136,7 @@ def _sized_model(tree: Tree, settings: Mapping[str, object]) -> Tree:
         model: Tree = tree["model"]
         return model
     model = {**_family(str(family)), "num_kv_heads": None, "vocab_size": _VOCAB}
-    parallel, engine = tree.get("parallel") or {}, tree.get("engine") or {}
-    if parallel.get("context", 1) != 1 or engine.get("name") != "native":
+    if (tree.get("parallel") or {}).get("context", 1) != 1:
         model |= {"dropout": 0.0, "attention_dropout": 0.0}
     hidden = given.get("hidden_size", model["hidden_size"])
     if isinstance(hidden, int) and hidden > 0:
