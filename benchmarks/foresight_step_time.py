@@ -93,7 +93,7 @@ def vtrain(anchors: Path) -> Iterator[Row]:
     for index, row in enumerate(table(anchors, "vtrain_ground_truth_single")):
         (_, batch, micro, hidden, heads, layers, length, tensor, data, pipeline, milliseconds) = row.values()
         overrides = _gpt((layers, hidden, heads), (tensor, pipeline, data), (length, batch, micro))
-        overrides |= {"parallel.recompute": "full", "cluster.practice": "megatron_deepspeed"}
+        overrides |= {"parallel.recompute": "full", "engine": "deepspeed"}
         yield Row(f"vtrain {index}", overrides, float(milliseconds) / 1e3)
 
 
@@ -106,7 +106,7 @@ def bloom(anchors: Path) -> Iterator[Row]:
         overrides = _gpt((row["layers"], row["hidden"], row["heads"]), split, (row["seq"], row["gbs"], row["mbs"]))
         overrides |= {"model.vocab_size": int(row["vocab"]), "parallel.recompute": "full", "parallel.zero": 1}
         overrides |= {"precision": row["precision"][:4], "cluster.network_gbit_per_second": 400.0}
-        overrides["cluster.practice"] = "megatron_deepspeed"
+        overrides["engine"] = "deepspeed"
         yield Row(f"bloom {row['line']}", overrides, float(row["sec_per_it"]))
 
 

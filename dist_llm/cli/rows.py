@@ -17,6 +17,7 @@ from typing import Any
 
 from dist_llm.config.checks import OF_THIS_MACHINE, RULES
 from dist_llm.config.decode import decode_partly
+from dist_llm.config.engine_rules import ENGINE_RULES
 from dist_llm.config.legal import legal_values
 from dist_llm.config.rule import value_at
 from dist_llm.config.run import RunConfig
@@ -30,6 +31,9 @@ _FAMILIES = {"gpt2": "gpt2-124m", "llama": "llama2-7b"}
 
 _SIZES = ("num_layers", "hidden_size")
 _VOCAB = 51200
+
+_UNASKED = OF_THIS_MACHINE | {rule.name for rule in ENGINE_RULES}
+"""Rules of what runs here and now, and of what the engines' present versions take: published runs had others."""
 
 _UNFILLED = ("microbatches_fill_pipeline", ("gpipe", "1f1b"))
 """A rule of torch's schedules, and those of them whose time is plain without it: published runs have broken it."""
@@ -56,8 +60,8 @@ def read_row(overrides: Mapping[str, object]) -> tuple[RunConfig, int]:
 
 
 def check_plan(config: RunConfig, ranks: int) -> list[Violation]:
-    """Return every rule that a run of the config breaks on `ranks` ranks, wherever it is run."""
-    unasked = {*OF_THIS_MACHINE, *(_UNFILLED[:1] if config.parallel.schedule in _UNFILLED[1] else ())}
+    """Return every rule that a run of the config breaks on `ranks` ranks, wherever and whenever it is run."""
+    unasked = {*_UNASKED, *(_UNFILLED[:1] if config.parallel.schedule in _UNFILLED[1] else ())}
     rules = [rule for rule in RULES if rule.name not in unasked]
     return [
         Violation(
@@ -130,8 +134,7 @@ def _sized_model(tree: Tree, settings: Mapping[str, object]) -> Tree:
         model: Tree = tree["model"]
         return model
     model = {**_family(str(family)), "num_kv_heads": None, "vocab_size": _VOCAB}
-    parallel, engine = tree.get("parallel") or {}, tree.get("engine") or {}
-    if parallel.get("context", 1) != 1 or engine.get("name") != "native":
+    if (tree.get("parallel") or {}).get("context", 1) != 1:
         model |= {"dropout": 0.0, "attention_dropout": 0.0}
     hidden = given.get("hidden_size", model["hidden_size"])
     if isinstance(hidden, int) and hidden > 0:

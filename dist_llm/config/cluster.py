@@ -72,10 +72,10 @@ class ClusterConfig(Section):
     """Power of one device under load, its share of node and cooling included, in watts."""
     mtbf_device_hours: float = Field(50000.0, gt=0)
     """Mean time between failures that end a job, times its devices, in hours."""
-    practice: Literal["native", "megatron", "megatron_deepspeed"] = "native"
+    practice: Literal["native", "megatron"] = "native"
     """Whose software is foretold. native: ours, with stages cut by cost and attention in one kernel. megatron:
     Megatron-LM as of 2021-23: equally many layers a stage, gradients sent after the backward, and scores written to
-    memory where layers are recomputed (ZeRO 3 apart, whose users had one kernel). megatron_deepspeed: the same under
-    DeepSpeed, which sends whole hidden states between stages and adds up gradients one by one."""
+    memory where layers are recomputed (ZeRO 3 apart, whose users had one kernel); with engine=deepspeed as
+    Megatron-DeepSpeed: whole hidden states between stages, and gradients added up one by one."""
     source: str
     """Where these numbers come from."""

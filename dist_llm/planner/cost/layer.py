@@ -57,7 +57,7 @@ def layer_passes(device: Device, fabric: Fabric, shape: Shape, has_experts: bool
     whole = attention + feed_forward + rest + _regions(device, fabric, shape) + _host(device, shape)
     if shape.full:
         untracked = replace(whole.forward, host=whole.forward.host * _UNTRACKED)
-        return Passes(untracked, whole.backward, again=whole.forward)
+        return Passes(untracked, whole.backward, again=whole.forward + _last_sum(fabric, shape) * -1.0)
     if not shape.again:
         return whole
     again = Seconds()
@@ -172,6 +172,15 @@ def _regions(device: Device, fabric: Fabric, shape: Shape) -> Passes:
         forward = backward = 2 * all_reduce_seconds(fabric, group, shape.hidden_bytes)
     met = (2 if not shape.sequence else 4) * _MEETING * shape.tensor * device.dispatch_seconds
     return Passes(Seconds(tensor_comm=forward, host=met), Seconds(tensor_comm=backward, host=met))
+
+
+def _last_sum(fabric: Fabric, shape: Shape) -> Seconds:
+    """Return the sum over tensor ranks that ends a block where recompute leaves it out: nothing after it is kept."""
+    if shape.ends_again or shape.tensor == 1:
+        return Seconds()
+    group = group_of(fabric, shape.tensor, 1)
+    last = gather_seconds if shape.sequence else all_reduce_seconds
+    return Seconds(tensor_comm=last(fabric, group, shape.hidden_bytes))
 
 
 def _host(device: Device, shape: Shape) -> Passes:

@@ -13,7 +13,8 @@ class Shape:
     """One microbatch of one rank: sizes of the model, of its split, and how attention and recompute go about it.
 
     tokens: of a context rank. written: whether scores go to memory. again: operators that a backward runs again, or
-    all of a block where `full`. sum_bytes: moved to add a gradient to its sum.
+    all of a block where `full`. sum_bytes: moved to add a gradient to its sum. ends_again: recompute runs a
+    block's last sum over tp too.
     """
 
     microbatch: int
@@ -45,6 +46,7 @@ class Shape:
     master_width: int
     sum_bytes: int
     compiled: bool
+    ends_again: bool
 
     @property
     def tokens(self) -> int:
@@ -70,17 +72,29 @@ def writes_scores(config: RunConfig) -> bool:
     return parallel.recompute != "none" and parallel.zero < 3
 
 
+def _keeps_its_end(config: RunConfig) -> bool:
+    """Return whether something after a block's last sum is kept for the backward, so that recompute sums again."""
+    model, parallel = config.model, config.parallel
+    return model.dropout > 0 or model.norm_placement == "post" or (parallel.compile and not parallel.splits_backward)
+
+
+def sends_parts(config: RunConfig) -> bool:
+    """Return whether each tensor rank sends its part of the hidden states to the next stage."""
+    megatron = config.cluster.practice == "megatron" and config.engine.name != "deepspeed"
+    return config.parallel.sequence or megatron
+
+
 def _sum_bytes(config: RunConfig) -> int:
     """Return the bytes that adding a gradient to its sum over microbatches moves: it is read, the sum read and written.
 
-    0 where the product itself adds to the sum, in the shade of its arithmetic: fused, as Megatron has it. DeepSpeed
-    adds up fp16 in fp16.
+    0 where the product itself adds to the sum, in the shade of its arithmetic: fused, as Megatron-LM has it.
+    Megatron-DeepSpeed adds up fp16 in fp16.
     """
-    parallel, practice = config.parallel, config.cluster.practice
-    if parallel.fused_accumulation or (practice == "megatron" and parallel.zero < 3):
-        return 0
+    parallel, megatron = config.parallel, config.cluster.practice == "megatron" and config.parallel.zero < 3
     width, master = FORMAT_BYTES[config.precision.compute], FORMAT_BYTES[config.precision.master]
-    return width + 2 * (width if practice == "megatron_deepspeed" and config.precision.compute == "fp16" else master)
+    if parallel.fused_accumulation or (megatron and config.engine.name != "deepspeed"):
+        return 0
+    return width + 2 * (width if megatron and config.precision.compute == "fp16" else master)
 
 
 def shape_of(config: RunConfig, microbatches: int) -> Shape:
@@ -118,4 +132,5 @@ def shape_of(config: RunConfig, microbatches: int) -> Shape:
         master_width=FORMAT_BYTES[config.precision.master],
         sum_bytes=_sum_bytes(config) if microbatches > 1 else 0,
         compiled=parallel.compile,
+        ends_again=config.cluster.practice != "native" or _keeps_its_end(config),
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from dist_llm.accounting.params import padded_vocab
-from dist_llm.planner.cost.collectives import all_reduce_seconds, group_of
+from dist_llm.planner.cost.collectives import all_reduce_seconds, gather_seconds, group_of
 from dist_llm.planner.cost.hardware import Device, Fabric
 from dist_llm.planner.cost.layer import layer_passes
 from dist_llm.planner.cost.matmul import matmul_seconds
@@ -90,14 +90,26 @@ def _together(device: Device, work: float, host: float) -> float:
 def _embedding(device: Device, fabric: Fabric, shape: Shape) -> Passes:
     """Return the look-up of tokens, and the sum over tensor ranks that each hold a part of the vocabulary."""
     rows = padded_vocab(shape.vocab, shape.tensor) // shape.tensor
-    group = group_of(fabric, shape.tensor, 1)
-    sent = all_reduce_seconds(fabric, group, shape.hidden_bytes)
+    sent, back = _end(fabric, shape)
     forward = device.moved(4 * shape.hidden_bytes, 3)
     backward = device.moved(3 * shape.hidden_bytes + rows * shape.hidden * (shape.width + 2 * shape.master_width), 4)
     issue = 5 * device.dispatch_seconds
     return Passes(
-        Seconds(memory_bound=forward, tensor_comm=sent, host=issue), Seconds(memory_bound=backward, host=issue)
+        Seconds(memory_bound=forward, tensor_comm=sent, host=issue),
+        Seconds(memory_bound=backward, tensor_comm=back, host=issue),
     )
+
+
+def _end(fabric: Fabric, shape: Shape) -> tuple[float, float]:
+    """Return the sum of hidden states over tensor ranks at an end of the model, and what goes the other way for it.
+
+    An all-reduce and nothing, or under sequence parallelism a reduce-scatter and an all-gather.
+    """
+    group = group_of(fabric, shape.tensor, 1)
+    if not shape.sequence:
+        return all_reduce_seconds(fabric, group, shape.hidden_bytes), 0.0
+    half = gather_seconds(fabric, group, shape.hidden_bytes)
+    return half, half
 
 
 def _head(device: Device, fabric: Fabric, shape: Shape) -> Passes:
@@ -106,12 +118,12 @@ def _head(device: Device, fabric: Fabric, shape: Shape) -> Passes:
     tokens, hidden = shape.tokens, shape.hidden
     group = group_of(fabric, shape.tensor, 1)
     sums = 2 * all_reduce_seconds(fabric, group, 4 * tokens)
-    back = all_reduce_seconds(fabric, group, shape.hidden_bytes)
+    back, sent = _end(fabric, shape)
     loss = device.moved(tokens * columns * _LOSS_BYTES, 8)
     forward = matmul_seconds(device, tokens, hidden, columns)
     backward = matmul_seconds(device, tokens, columns, hidden) + matmul_seconds(device, hidden, tokens, columns)
     issue = 12 * device.dispatch_seconds
     return Passes(
-        Seconds(forward, memory_bound=loss, tensor_comm=sums, host=issue),
+        Seconds(forward, memory_bound=loss, tensor_comm=sums + sent, host=issue),
         Seconds(backward, memory_bound=loss, tensor_comm=back, host=issue),
     )

@@ -23,7 +23,7 @@ from dist_llm.planner.cost.collectives import all_reduce_seconds, group_of, send
 from dist_llm.planner.cost.hardware import Device, Fabric, device_of, fabric_of
 from dist_llm.planner.cost.pipeline import PipelineSeconds, pipeline_seconds
 from dist_llm.planner.cost.seconds import REASONS
-from dist_llm.planner.cost.shape import Shape, shape_of
+from dist_llm.planner.cost.shape import Shape, sends_parts, shape_of
 from dist_llm.planner.cost.sharding import Cover, Exchange, Held, exchange_seconds, part_numel, update_seconds
 from dist_llm.planner.cost.stage import Blocks, StageSeconds, stage_seconds
 from dist_llm.runtime.cores import usable_cores
@@ -166,8 +166,7 @@ def _hop(plan: _Plan) -> float:
     if parallel.pipeline == 1 or not crosses(0, parallel.pipeline, parallel.schedule):
         return 0.0
     stride = parallel.tensor * parallel.context * plan.data
-    spread = parallel.tensor if plan.config.cluster.practice == "megatron" else plan.shape.spread
-    payload = plan.shape.hidden_bytes / spread
+    payload = plan.shape.hidden_bytes / (parallel.tensor if sends_parts(plan.config) else 1)
     return send_seconds(plan.fabric, stride * parallel.pipeline > plan.fabric.devices_per_node, payload)
 
 
