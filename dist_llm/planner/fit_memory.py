@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 
 from dist_llm.config.checks import check
+from dist_llm.config.rule import value_at
 from dist_llm.config.rules import divisors
 from dist_llm.config.run import RunConfig
 from dist_llm.errors import ConfigError, Violation
@@ -37,15 +38,13 @@ class Remedy:
 def plan_remedies(config: RunConfig, ranks: int, memory_gib: float, most: int = 3) -> list[Remedy]:
     """Return up to `most` ways to fit, those that change the fewest settings first, then those that need the least.
 
-    Empty where neither one change, nor two, nor three of what a layout has makes it fit on these ranks.
+    Empty where neither one change, nor two, nor all that saves memory together with larger axes is enough.
     """
-    own = _single_changes(config, ranks)
-    for count in (1, 2, 3):
-        found = [
-            remedy
-            for chosen in combinations(own, count)
-            if (remedy := _tried(config, ranks, memory_gib, sum(chosen, ())) or None) is not None
-        ]
+    single = _single_changes(config, ranks)
+    pairs = [one + other for one, other in combinations(single, 2)]
+    for changes in (single, pairs, _thrifty_changes(config, ranks)):
+        tried = (_tried(config, ranks, memory_gib, change) for change in changes)
+        found = [remedy for remedy in tried if remedy is not None]
         if found:
             return sorted(found, key=lambda remedy: (_cost(remedy.change), remedy.peak_bytes))[:most]
     return []
@@ -97,15 +96,37 @@ def _single_changes(config: RunConfig, ranks: int) -> list[Change]:
     found: list[Change] = []
     if parallel.tensor > 1 and not parallel.sequence:
         found.append((("parallel.sequence", True),))
-    found += [(("parallel.zero", zero),) for zero in range(parallel.zero + 1, 4)]
+    found += [(("parallel.zero", zero),) for zero in range(parallel.zero + 1, 2 if _only_zero_1(config) else 4)]
     found += [(("data.microbatch", size),) for size in divisors(data.microbatch) if size < data.microbatch]
     ways = {"none": ("selective", "full"), "selective": ("full",), "full": ()}
     found += [(("parallel.recompute", way),) for way in ways[parallel.recompute]]
     for axis in ("tensor", "pipeline", "context", "expert"):
         size = getattr(parallel, axis)
-        sizes = [size * times for times in (2, 4, 8, 16) if size * times <= ranks]
+        sizes = [size * times for times in _DOUBLINGS[1:] if size * times <= ranks]
         found += [((f"parallel.{axis}", larger),) for larger in sizes]
     return found
+
+
+_DOUBLINGS = (1, 2, 4, 8, 16)
+"""How much larger an axis may become."""
+
+
+def _thrifty_changes(config: RunConfig, ranks: int) -> Iterator[Change]:
+    """Yield all that saves memory without ranks, with every larger size of tensor and pipeline."""
+    parallel = config.parallel
+    least = {"parallel.recompute": "full", "data.microbatch": 1, "parallel.zero": 1 if _only_zero_1(config) else 3}
+    saving = tuple((key, value) for key, value in least.items() if value_at(config, None, key) != value)
+    for pipeline, tensor in product(_DOUBLINGS, _DOUBLINGS):
+        if tensor * pipeline * parallel.tensor * parallel.pipeline > ranks:
+            continue
+        sizes = {"tensor": parallel.tensor * tensor, "pipeline": parallel.pipeline * pipeline}
+        axes = tuple((f"parallel.{name}", size) for name, size in sizes.items() if size != getattr(parallel, name))
+        sequence = (("parallel.sequence", True),) if sizes["tensor"] > 1 and not parallel.sequence else ()
+        yield saving + axes + sequence
+
+
+def _only_zero_1(config: RunConfig) -> bool:
+    return config.engine.name == "megatron"
 
 
 def _tried(config: RunConfig, ranks: int, memory_gib: float, change: Change) -> Remedy | None:

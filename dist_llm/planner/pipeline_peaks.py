@@ -21,7 +21,7 @@ from dist_llm.planner.pipeline_memory import levels
 
 _FIELDS = tuple(field.name for field in fields(StageMemory))
 _sizes = attrgetter(*_FIELDS)
-_ROUNDS = 4
+_ROUNDS = 5
 """Rounds, of as many microbatches as ranks, after which a schedule was in its steady state and is out again."""
 
 
@@ -70,7 +70,8 @@ def most_bytes(work: RankWork, memories: Sequence[StageMemory]) -> int:
     """Return the most bytes of activations of these stages; equal to pipeline_memory.most_activations."""
     sizes = [size for memory in memories for size in _sizes(memory)]
     pipe = work.pipe
-    enough = _ROUNDS * pipe.ranks * pipe.chunks + pipe.microbatches % pipe.ranks
+    rounds = 2 if pipe.schedule == "1f1b" else _ROUNDS * pipe.chunks
+    enough = rounds * pipe.ranks + pipe.microbatches % pipe.ranks
     if not work.as_needed or pipe.schedule == "gpipe" or pipe.microbatches <= enough + pipe.ranks:
         return _most(work, sizes)
     at, after = (
