@@ -1,4 +1,4 @@
-"""`dist-llm plan`: what a run would be. Which layouts are legal, and how a pipeline schedule would go."""
+"""`dist-llm plan`: what a run would be: legal layouts, how a schedule goes, what ranks hold, how long a step takes."""
 
 from __future__ import annotations
 
