@@ -23,7 +23,7 @@ A row, or a command, that gives sizes without a model preset means a model of mo
 feed-forward 4 h (llama: 8/3 h), heads of 128, 51,200 tokens and positions for data.seq_len where it says nothing else.
 On a CUDA cluster precision is bf16 unless given. Ranks are parallel.data x pipeline x context x tensor; without
 parallel.data those of the launcher if given, else of cluster.nodes, else one copy of the model.
-Compute time comes from products by shape, memory traffic and collectives by message: see docs/foresight.md."""
+Time comes from products by shape, bytes moved and collectives by message, with the cluster's figures: docs/plan.md."""
 
 MOST_LINE = 2**20
 """Characters of the longest line of a file of rows."""

@@ -2,7 +2,7 @@
 
     gpipe, 1f1b    sum of all F + B + 2 (n - 1) c + (m - 1) P   P: mean of the dearest run of stages, messages too
     interleaved    m R + (n - 1) (F + B) / v + 2 (n - 1) c        R: the dearest rank, all of its chunks
-    split ones     m R + what equal halves idle                   as the schedule's trace has it
+    split ones     m R + i (n - 1) (F + B) + 2 (n - 1) c          i: 1/3, or 2/3 for dualpipev, of halves that are equal
 
 Each stage has one microbatch more in flight than the next, so d + 1 of them go round a run of d + 1 stages in its time
 plus 2 d messages. Narayanan et al. 2021; Qi et al. 2023. Equal to planner/schedule_trace where c is 0.
@@ -13,8 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from dist_llm.accounting.schedules import Pipe, stage_rank
-from dist_llm.planner.schedule_trace import trace_schedule
+from dist_llm.accounting.schedules import stage_rank
+
+_SPLIT_IDLE = {"zero_bubble": 1 / 3, "zbv": 1 / 3, "dualpipev": 2 / 3}
+"""What each further rank adds to the time that ranks idle in a step, in forwards and backwards of one stage."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def pipeline_seconds(
     if schedule == "interleaved":
         bubble = (ranks - 1) * (sum(works) / ranks) / chunks
         return PipelineSeconds(busy + bubble + ends, busy, ends)
-    idle = idle_work(schedule, ranks, chunks, microbatches) * sum(works) / len(works)
+    idle = _SPLIT_IDLE[schedule] * (ranks - 1) * sum(works) / len(works)
     return PipelineSeconds(busy + idle + ends, busy, ends)
 
 
@@ -69,14 +71,3 @@ def _period(works: tuple[float, ...], hop: float) -> float:
             pairs = last - first
             longest = max(longest, (total + 2 * pairs * hop) / (pairs + 1))
     return longest
-
-
-@lru_cache(maxsize=2**10)
-def idle_work(schedule: str, ranks: int, chunks: int, microbatches: int) -> float:
-    """Return how long a rank idles in a step, in forwards and backwards of one stage, all stages being equal.
-
-    Where the step has many microbatches it idles no longer than with three times as many as ranks.
-    """
-    count = min(microbatches, 3 * ranks)
-    pipe = Pipe(schedule, ranks, chunks, count)
-    return trace_schedule(pipe).seconds / 3 - chunks * count

@@ -10,6 +10,7 @@ collectives run on the same units. Megatron of 2021-23 below zero 3: nothing is 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -34,22 +35,25 @@ class Held:
     units: int
 
 
+Numels = dict[str, tuple[float, float]]
+"""Elements, without and with experts, of one rank's `first` or `last` block, `embed` and `head`."""
+
+
 @lru_cache(maxsize=2**10)
-def part_numel(model: ModelConfig, part: str, tensor: int, expert: int) -> tuple[float, float]:
-    """Return the elements, without and with experts, of one rank's `first` or `last` block, `embed` or `head`."""
-    specs = {
-        "first": lambda: layer_parameters(model, 0),
-        "last": lambda: layer_parameters(model, model.num_layers - 1),
-        "embed": lambda: embedding_parameters(model),
-        "head": lambda: head_parameters(model),
-    }[part]()
-    dense = experts = 0.0
-    for spec in specs:
-        numel = 1.0
-        for size in spec.local_shape(tensor, expert):
-            numel *= size
-        dense, experts = (dense, experts + numel) if spec.expert else (dense + numel, experts)
-    return dense, experts
+def part_numels(model: ModelConfig, tensor: int, expert: int) -> Numels:
+    """Return the elements of each part of a model on one of `tensor` tp and `expert` ep ranks."""
+    parts = {
+        "first": layer_parameters(model, 0),
+        "last": layer_parameters(model, model.num_layers - 1),
+        "embed": embedding_parameters(model),
+        "head": head_parameters(model),
+    }
+    numels = {}
+    for part, specs in parts.items():
+        sizes = [(spec.expert, float(math.prod(spec.local_shape(tensor, expert)))) for spec in specs]
+        plain = sum(size for routed, size in sizes if not routed)
+        numels[part] = (plain, sum(size for routed, size in sizes if routed))
+    return numels
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,15 @@ from dist_llm.planner.cost.hardware import Device, Fabric, device_of, fabric_of
 from dist_llm.planner.cost.pipeline import PipelineSeconds, pipeline_seconds
 from dist_llm.planner.cost.seconds import REASONS
 from dist_llm.planner.cost.shape import Shape, sends_parts, shape_of
-from dist_llm.planner.cost.sharding import Cover, Exchange, Held, exchange_seconds, part_numel, update_seconds
+from dist_llm.planner.cost.sharding import (
+    Cover,
+    Exchange,
+    Held,
+    Numels,
+    exchange_seconds,
+    part_numels,
+    update_seconds,
+)
 from dist_llm.planner.cost.stage import Blocks, StageSeconds, stage_seconds
 from dist_llm.runtime.cores import usable_cores
 
@@ -93,12 +101,18 @@ def predict_step(config: RunConfig, ranks: int) -> StepTime:
     components = _components(plan, [stages[index] for index in mine], pipe)
     components |= {"data_comm_exposed": exchanged, "optimizer": updated}
     seconds = _crowded(plan, components, sum(loads) / len(loads))
-    flops = step_flops(config.model, config.data.seq_len, config.data.global_batch)
+    flops = _sequence_flops(config.model, config.data.seq_len) * config.data.global_batch
     return StepTime(
         {name: components[name] for name in COMPONENTS},
         tuple((stage.forward, stage.backward) for stage in stages),
         flops / (seconds * _peak_flops(config, ranks)),
     )
+
+
+@lru_cache(maxsize=256)
+def _sequence_flops(model: ModelConfig, seq_len: int) -> int:
+    """Return the model FLOPs of a step on one sequence."""
+    return step_flops(model, seq_len, 1)
 
 
 def _plan(config: RunConfig, ranks: int) -> _Plan:
@@ -183,10 +197,11 @@ def _sharding(plan: _Plan, stages: list[StageSeconds], blocks: tuple[Blocks, ...
         width=plan.shape.width,
         master_width=plan.shape.master_width,
     )
+    numels = part_numels(config.model, parallel.tensor, parallel.expert)
     longest = (0.0, 0.0)
     for rank in sorted({0, parallel.pipeline - 1, parallel.pipeline // 2}):
         mine = [i for i in range(len(blocks)) if stage_rank(i, parallel.pipeline, parallel.schedule) == rank]
-        held = _held(config, [blocks[index] for index in mine])
+        held = _held(numels, config.model.tie_embeddings, [blocks[index] for index in mine])
         cover = Cover(
             sum(stages[index].forward for index in mine),
             sum(stages[index].backward for index in mine),
@@ -195,29 +210,26 @@ def _sharding(plan: _Plan, stages: list[StageSeconds], blocks: tuple[Blocks, ...
         exchanged = exchange_seconds(plan.fabric, exchange, held, cover)
         updated = update_seconds(plan.device, exchange, held, parallel.offload != "none")
         longest = max(longest, (exchanged, updated), key=sum)
-    return longest[0] + _tied(plan), longest[1]
+    return longest[0] + _tied(plan, numels), longest[1]
 
 
-def _held(config: RunConfig, blocks: list[Blocks]) -> Held:
+def _held(numels: Numels, tied: bool, blocks: list[Blocks]) -> Held:
     """Return the elements of a pipeline rank."""
-    model, parallel = config.model, config.parallel
     counts = {
         "first": float(sum(each.dense for each in blocks)),
         "last": float(sum(each.expert for each in blocks)),
         "embed": float(any(each.first for each in blocks)),
         "head": float(any(each.last for each in blocks)),
     }
-    if model.tie_embeddings and counts["embed"]:
+    if tied and counts["embed"]:
         counts["head"] = 0.0
     dense = expert = 0.0
     for part, count in counts.items():
-        if count:
-            plain, routed = part_numel(model, part, parallel.tensor, parallel.expert)
-            dense, expert = dense + count * plain, expert + count * routed
+        dense, expert = dense + count * numels[part][0], expert + count * numels[part][1]
     return Held(dense, expert, sum(each.dense + each.expert for each in blocks) + 1)
 
 
-def _tied(plan: _Plan) -> float:
+def _tied(plan: _Plan, numels: Numels) -> float:
     """Return the seconds of adding up the gradients of embeddings that are tied over the pipeline's ends."""
     config, parallel = plan.config, plan.config.parallel
     if parallel.pipeline == 1 or not config.model.tie_embeddings:
@@ -227,10 +239,9 @@ def _tied(plan: _Plan) -> float:
     ):
         return 0.0
     stride = parallel.tensor * parallel.context * plan.data * (parallel.pipeline - 1)
-    rows = part_numel(config.model, "embed", parallel.tensor, 1)[0]
     shards = plan.data * parallel.context // parallel.replicate if parallel.zero else 1
     group = group_of(plan.fabric, 2, stride)
-    return all_reduce_seconds(plan.fabric, group, rows / shards * plan.shape.master_width)
+    return all_reduce_seconds(plan.fabric, group, numels["embed"][0] / shards * plan.shape.master_width)
 
 
 def _components(plan: _Plan, stages: list[StageSeconds], pipe: PipelineSeconds) -> dict[str, float]:
