@@ -70,14 +70,18 @@ def most_bytes(work: RankWork, memories: Sequence[StageMemory]) -> int:
     """Return the most bytes of activations of these stages; equal to pipeline_memory.most_activations."""
     sizes = [size for memory in memories for size in _sizes(memory)]
     pipe = work.pipe
-    rounds = 2 if pipe.schedule == "1f1b" else _ROUNDS * pipe.chunks
-    enough = rounds * pipe.ranks + pipe.microbatches % pipe.ranks
+    if work.as_needed and pipe.schedule == "1f1b":
+        # Two rounds have all that more of them have.
+        return _most(_with(work, min(pipe.microbatches, 2 * pipe.ranks + 2)), sizes)
+    enough = _ROUNDS * pipe.chunks * pipe.ranks + pipe.microbatches % pipe.ranks
     if not work.as_needed or pipe.schedule == "gpipe" or pipe.microbatches <= enough + pipe.ranks:
         return _most(work, sizes)
-    at, after = (
-        _most(replace(work, pipe=replace(pipe, microbatches=enough + more)), sizes) for more in (0, pipe.ranks)
-    )
+    at, after = (_most(_with(work, enough + more), sizes) for more in (0, pipe.ranks))
     return at + (pipe.microbatches - enough) // pipe.ranks * (after - at)
+
+
+def _with(work: RankWork, microbatches: int) -> RankWork:
+    return replace(work, pipe=replace(work.pipe, microbatches=microbatches))
 
 
 def _most(work: RankWork, sizes: Sequence[int]) -> int:
