@@ -11,6 +11,8 @@ MAKEFLAGS += --no-print-directory
 FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c '$(FITS)' 2>/dev/null && { echo "$$p"; exit; }; done; echo python3)
+# Optional: the folder of published tables that `make foresight` reads; they are not part of this repository.
+ANCHORS ?=
 # Optional: an index that serves CPU builds of torch. Without it pip takes what its own settings offer.
 TORCH_INDEX ?=
 
@@ -59,7 +61,7 @@ full: setup lint types imports ## everything: ci and the tests marked slow
 	@$(BIN)/python -m pytest
 
 ##@ Make
-.PHONY: docs bench golden
+.PHONY: docs bench foresight golden
 docs: setup ## build docs/_build, check its links and run the code that it shows
 	@$(BIN)/python docs/build.py
 
@@ -67,6 +69,16 @@ bench: setup ## time answers that train nothing and training steps over layouts,
 	@$(BIN)/python benchmarks/start.py
 	@$(BIN)/python benchmarks/step.py
 	@$(BIN)/python benchmarks/bubble.py
+
+foresight: setup ## compare the planner's predictions with published tables (ANCHORS=<folder that holds them>)
+ifeq ($(ANCHORS),)
+	@echo "foresight: ANCHORS names no folder of published tables: only figures typed from papers are checked"
+	@$(BIN)/python -m pytest -q tests/planner -m "not slow" --ignore tests/planner/test_solver.py
+else
+	@$(BIN)/python benchmarks/foresight_laws.py '$(ANCHORS)'
+	@$(BIN)/python benchmarks/foresight_step_time.py '$(ANCHORS)'
+	@$(BIN)/python benchmarks/foresight_memory.py '$(ANCHORS)'
+endif
 
 golden: setup ## regenerate the golden curves and collectives of tests (review the diff)
 	@$(BIN)/python tests/golden/regenerate.py

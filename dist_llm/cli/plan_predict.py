@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -71,14 +70,11 @@ def answer_config(config: RunConfig, ranks: int) -> dict[str, object]:
     }
 
 
-def predicted_memory(config: RunConfig, ranks: int) -> object:
-    """Return the memory of a rank by component and stage, in GiB; None where this version has no such figure."""
-    try:
-        footprint = importlib.import_module("dist_llm.planner.footprint")
-    except ModuleNotFoundError:
-        return None
-    found: object = footprint.predict_memory(config, ranks).as_json()
-    return found
+def predicted_memory(config: RunConfig, ranks: int) -> Mapping[str, object]:
+    """Return the memory of every pipeline rank by component and stage, in GiB."""
+    from dist_llm.planner.footprint import predict_memory
+
+    return predict_memory(config, ranks).memory_gib()
 
 
 def _answer_line(line: str, common: Mapping[str, object]) -> dict[str, object]:

@@ -167,7 +167,7 @@ def double_precision_is_on_cpu(config: RunConfig, world_size: int | None) -> Ite
 
 @reads("launcher.name")
 def launcher_is_built(config: RunConfig, world_size: int | None) -> Iterator[Broken]:
-    """`launcher` is `local` or `slurm`; others come later. Ranks may be started with `torchrun -m dist_llm train` too."""
+    """`launcher` is `local` or `slurm`; others come later. `torchrun -m dist_llm train` starts ranks too."""
     if config.launcher.name not in ("local", "slurm"):
         yield Broken("launcher.name", f"{LATER}; start ranks with torchrun -m dist_llm train", ("local", "slurm"))
 

@@ -41,7 +41,7 @@ class ClusterConfig(Section):
     """Dense peak of one device by compute format, in TFLOP/s; that of precision.name is the divisor of MFU."""
     memory_gib: float = Field(gt=0)
     """Memory of one device, in GiB; kept with the run, nothing is limited by it."""
-    reserve_gib: float = Field(1.5, ge=0)
+    reserve_gib: float = Field(3.0, ge=0)
     """Memory of a device that no tensor can use: context, kernels, communication buffers, in GiB."""
     matmul_efficiency: float = Field(0.78, gt=0, le=1)
     """Part of the peak that large, well-shaped matrix products reach when they run for long."""

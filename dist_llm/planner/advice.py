@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from dist_llm.planner.footprint import predict_memory
 from dist_llm.planner.front import Point, pareto_front
+from dist_llm.planner.native_memory import installed_torch
 from dist_llm.planner.plan import Plan
 from dist_llm.planner.ranking import FULL, Ranked
 from dist_llm.planner.sizing import spread_of
@@ -36,7 +38,7 @@ def describe(plan: Plan, top: int) -> dict[str, Any]:
         "batch": {"sequences": data.global_batch, "seq_len": data.seq_len, **asdict(plan.batch)},
         "optimizer": {"lr": plan.config.optimizer.lr, "warmup_steps": plan.config.schedule.warmup_steps},
         "steps": plan.steps,
-        "layouts": [describe_layout(each) for each in plan.ranking.fitting[:top]],
+        "layouts": [describe_layout(each, spending.devices) for each in plan.ranking.fitting[:top]],
         "pareto": [asdict(point) for point in pareto_front(points)],
         "num_layouts": {"weighed": plan.ranking.proposed, "fit": len(plan.ranking.fitting)},
         "step_seconds": plan.best.step.seconds,
@@ -51,7 +53,7 @@ def describe(plan: Plan, top: int) -> dict[str, Any]:
     }
 
 
-def describe_layout(ranked: Ranked) -> dict[str, Any]:
+def describe_layout(ranked: Ranked, ranks: int) -> dict[str, Any]:
     """Return a layout with what is foretold of it."""
     step, parallel = ranked.step, ranked.config.parallel
     keys = ("tensor", "sequence", "pipeline", "virtual_pipeline", "schedule", "context", "expert", "data", "zero")
@@ -66,7 +68,7 @@ def describe_layout(ranked: Ranked) -> dict[str, Any]:
         "components": dict(step.components),
         "mfu": step.mfu,
         "bound_by": step.bound_by,
-        "memory_gib": ranked.memory.memory_gib(),
+        "memory_gib": predict_memory(ranked.config, ranks, installed_torch()).memory_gib(),
     }
 
 

@@ -22,10 +22,8 @@ class DeviceMemory:
     workspace_bytes: int
 
 
-RESERVE_BYTES = 3 * _GIB
 FRAGMENTATION = 0.08
 _NONE = DeviceMemory(0, 0.0, 0)
-
 
 _HOPPER_TFLOPS = 500.0
 """Devices with a higher peak in bf16 are Hopper's and later, for which cuBLAS wants 32 MiB instead of 4 or 8."""
@@ -42,4 +40,4 @@ def device_memory(config: RunConfig) -> DeviceMemory:
         return _NONE
     late = config.cluster.peak_tflops.bf16 > _HOPPER_TFLOPS
     workspace = (112 if late else 80) if config.run.deterministic else (104 if late else 32)
-    return DeviceMemory(RESERVE_BYTES, FRAGMENTATION, workspace * _MIB)
+    return DeviceMemory(int(config.cluster.reserve_gib * _GIB), FRAGMENTATION, workspace * _MIB)

@@ -26,8 +26,8 @@ GIB = 2**30
 class Ranks(Protocol):
     """An engine's memory under a config."""
 
-    def rank(self, index: int, /) -> tuple[dict[int, Components], Components]:
-        """Return the components of each stage of a pipeline rank, and of the rank."""
+    def rank(self, index: int, by_stage: bool, /) -> tuple[dict[int, Components], Components]:
+        """Return the components of each stage of a pipeline rank, if asked for, and of the rank."""
         ...
 
 
@@ -102,12 +102,12 @@ def _gib(components: Components) -> dict[str, float]:
     return {name: size / GIB for name, size in components.by_name().items()}
 
 
-def predict_memory(config: RunConfig, ranks: int, release: Release | None = None) -> Footprint:
+def predict_memory(config: RunConfig, ranks: int, release: Release | None = None, by_stage: bool = True) -> Footprint:
     """Return the memory of every pipeline rank of a config on `ranks` ranks, in bytes.
 
-    release: of torch, where the native engine runs; None: on CPU devices the one that is installed, else 2.15. Before
-    that, pipelines hold buffers of all microbatches of a step. Raises ConfigError where the ranks or the batch cannot
-    be dealt out.
+    by_stage: whether to tell the stages of a rank apart. release: of torch, where the native engine runs; None: on CPU
+    devices the one that is installed, else 2.15. Before that, pipelines hold buffers of all microbatches of a step.
+    Raises ConfigError where the ranks or the batch cannot be dealt out.
     """
     if release is None:
         release = installed_torch() if config.cluster.device == "cpu" else IN_PLACE
@@ -120,7 +120,7 @@ def predict_memory(config: RunConfig, ranks: int, release: Release | None = None
         memory = NativeMemory(config, pipe, data, release)
     found = []
     for index in range(pipe.ranks):
-        stages, whole = memory.rank(index)
+        stages, whole = memory.rank(index, by_stage)
         found.append(RankFootprint(index, _on_device(whole, device), stages))
     return Footprint(tuple(found))
 

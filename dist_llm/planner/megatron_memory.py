@@ -134,7 +134,7 @@ class MegatronMemory:
         self._crossing = 2 * hidden if pipe.ranks > 1 else 0
         self._model = Hashed(config.model)
 
-    def rank(self, index: int) -> tuple[dict[int, Components], Components]:
+    def rank(self, index: int, by_stage: bool) -> tuple[dict[int, Components], Components]:
         """Return the components of each stage of a pipeline rank, and of the rank."""
         parallel = self._config.parallel
         stages = [

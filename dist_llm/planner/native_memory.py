@@ -57,12 +57,14 @@ class NativeMemory:
         """Return microbatches, of which two are as many, and whether torch adds gradients up in place."""
         return min(2, self._pipe.microbatches), self._in_place
 
-    def rank(self, index: int) -> tuple[dict[int, Components], Components]:
-        """Return the components of each stage of a pipeline rank, and of the rank."""
+    def rank(self, index: int, by_stage: bool) -> tuple[dict[int, Components], Components]:
+        """Return the components of each stage of a pipeline rank, if asked for, and of the rank."""
         stages = rank_stages(self._config.model, self._config.parallel, index)
         kinds = [kind_of(self._config, stage) for stage in stages]
         memories = [kind_memory(self._parts, kind) for kind in kinds]
         states = [_kind_state(self._state, kind) for kind in kinds]
+        if not by_stage:
+            return {}, self._with_activations(index, stages, memories, total(states))
         rows = {
             stage.index: self._with_activations(index, [stage], [memory], state)
             for stage, memory, state in zip(stages, memories, states, strict=True)

@@ -2,8 +2,8 @@
 
     bytes at a moment = sum over stages and fields of count x field      (fields of StageMemory, counts from the walk)
 
-Of all moments those stay that no other is at least as large as in every count. Beyond a few rounds of microbatches the
-most grows evenly, where a schedule keeps something of each until the step ends, or not at all: two walks say how.
+Beyond a few rounds of microbatches the most grows evenly, where a schedule keeps something of each until the step ends,
+or not at all: two walks say how.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from operator import attrgetter, mul
+from operator import attrgetter
 from typing import Any
 
 from dist_llm.accounting.schedules import Pipe
@@ -85,8 +85,9 @@ def _with(work: RankWork, microbatches: int) -> RankWork:
 
 
 def _most(work: RankWork, sizes: Sequence[int]) -> int:
-    found: int = max(sum(map(mul, counts, sizes)) for counts in _moments(work))
-    return found
+    import numpy as np
+
+    return int((_moments(work) @ np.array(sizes, dtype=np.int64)).max())
 
 
 @lru_cache(maxsize=256)
@@ -96,8 +97,10 @@ def programs_of(pipe: Pipe) -> list[Program]:
 
 
 @lru_cache(maxsize=8192)
-def _moments(work: RankWork) -> tuple[tuple[int, ...], ...]:
-    """Return the counts of the moments that may be the largest."""
+def _moments(work: RankWork) -> Any:
+    """Return the counts of the moments, a row each, none twice."""
+    import numpy as np
+
     width = len(_FIELDS) * len(work.stages)
     symbols: dict[int, Any] = {}
     for place, stage in enumerate(work.stages):
@@ -111,8 +114,4 @@ def _moments(work: RankWork) -> tuple[tuple[int, ...], ...]:
     program = programs_of(work.pipe)[work.rank]
     walk: Iterator[Any] = levels(work.pipe, program, symbols, work.as_needed)
     found = {level.counts if isinstance(level, Counts) else (0,) * width for level in walk}
-    return tuple(each for each in found if not any(_below(each, other) for other in found if other != each))
-
-
-def _below(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    return all(a <= b for a, b in zip(one, other, strict=True))
+    return np.array(sorted(found), dtype=np.int64)

@@ -13,7 +13,7 @@ from dist_llm.config.request import PlanRequest
 from dist_llm.config.run import RunConfig
 from dist_llm.errors import ConfigError, Violation
 from dist_llm.planner.batch_laws import Recommendation, recommend
-from dist_llm.planner.draft import devices_of, draft_config
+from dist_llm.planner.draft import devices_of, draft_config, warmup_steps
 from dist_llm.planner.laws import Law, Optimum
 from dist_llm.planner.ranking import Ranked, Ranking, rank_layouts
 from dist_llm.planner.refusals import refuse_batch, refuse_budget, refuse_memory, refuse_years
@@ -91,8 +91,7 @@ def _plan_hours(request: PlanRequest, law: Law) -> Plan:
             rule = "needs a price: set cluster.usd_per_device_hour"
             raise ConfigError([Violation("budget.usd", budget.usd, rule)])
         hours = float(budget.usd or 0) / cluster.usd_per_device_hour
-    peak = getattr(cluster.peak_tflops, precision_of(request)) * 1e12
-    flops = hours * 3600 * peak * 0.4
+    flops = hours * 3600 * peak_flops_per_second(request) * 0.4
     for _ in range(MOST_ROUNDS):
         plan = _plan_flops(request, law, flops)
         apart = hours / plan.spending.device_hours
@@ -104,28 +103,58 @@ def _plan_hours(request: PlanRequest, law: Law) -> Plan:
 
 def _plan_flops(request: PlanRequest, law: Law, flops: float) -> Plan:
     """Return the plan of so many training FLOPs."""
+    nodes, devices = _machines(request)
+    days = flops / (devices * peak_flops_per_second(request)) / 86400
+    if days > MOST_DAYS:
+        raise refuse_years(request, days, MOST_DAYS, flops)
     size, shapes = _model(request, law, flops)
     shape = shapes[0]
-    seq_len = request.data.seq_len or min(4096, shape.model.max_seq_len)
-    batch = recommend(law_parameters(shape, embeddings=False), size.tokens, seq_len)
-    nodes, devices = _machines(request)
-    sequences = request.data.global_batch or round_batch(batch.batch_sequences)
-    while True:
-        steps = max(1, round(size.tokens / (sequences * seq_len)))
-        draft = draft_config(request, shape.model, batch, (sequences, seq_len, steps), (nodes, devices // nodes))
+    batch, draft = _draft(request, size, shape)
+    ranking = rank_layouts(draft, devices)
+    while not ranking.proposed and not request.data.global_batch and _sequences(draft) < 4 * batch.batch_sequences:
+        draft = _resized(draft, size, 2 * _sequences(draft))
         ranking = rank_layouts(draft, devices)
-        if ranking.proposed or request.data.global_batch or sequences >= 4 * batch.batch_sequences:
-            break
-        sequences *= 2
     if not ranking.proposed:
         raise refuse_batch(request, draft, devices)
     if not ranking.fitting:
-        raise refuse_memory(request, shape, ranking, nodes)
-    best = ranking.fitting[0]
+        raise refuse_memory(request, shape, ranking, lambda less: _draft_of(request, law, less))
+    best, steps = ranking.fitting[0], draft.run.steps
     spending = spend(request.cluster, devices, nodes, shape.num_params, steps * best.step.seconds)
     config = _with_checkpoints(best, spending)
     compared = tuple(compared_laws(law, flops))
     return Plan(request, law, flops, size, compared, shapes, batch, steps, ranking, spending, config)
+
+
+def _draft(request: PlanRequest, size: Size, shape: Shape) -> tuple[Recommendation, RunConfig]:
+    """Return what is advised of the batch, and the run, not yet split."""
+    seq_len = request.data.seq_len or min(4096, shape.model.max_seq_len)
+    nodes, devices = _machines(request)
+    batch = recommend(law_parameters(shape, embeddings=False), size.tokens, seq_len)
+    sequences = request.data.global_batch or round_batch(batch.batch_sequences)
+    sizes = (sequences, seq_len, _steps(size, sequences * seq_len))
+    return batch, draft_config(request, shape.model, batch, sizes, (nodes, devices // nodes))
+
+
+def _draft_of(request: PlanRequest, law: Law, flops: float) -> RunConfig:
+    size, shapes = _model(request, law, flops)
+    return _draft(request, size, shapes[0])[1]
+
+
+def _resized(draft: RunConfig, size: Size, sequences: int) -> RunConfig:
+    """Return a run of as many tokens with another batch."""
+    data = draft.data.model_copy(update={"global_batch": sequences})
+    steps = _steps(size, sequences * data.seq_len)
+    schedule = draft.schedule.model_copy(update={"warmup_steps": warmup_steps(steps)})
+    run = draft.run.model_copy(update={"steps": steps})
+    return draft.model_copy(update={"data": data, "schedule": schedule, "run": run})
+
+
+def _steps(size: Size, batch_tokens: int) -> int:
+    return max(1, round(size.tokens / batch_tokens))
+
+
+def _sequences(draft: RunConfig) -> int:
+    return draft.data.global_batch
 
 
 def _model(request: PlanRequest, law: Law, flops: float) -> tuple[Size, tuple[Shape, ...]]:
@@ -166,6 +195,11 @@ def least_flops(law: Law) -> float:
 def precision_of(request: PlanRequest) -> str:
     """Return the format of products: as asked, else bf16 on GPUs and fp32 on CPUs."""
     return request.precision or ("fp32" if request.cluster.device == "cpu" else "bf16")
+
+
+def peak_flops_per_second(request: PlanRequest) -> float:
+    """Return the peak of one device in that format, in FLOP/s."""
+    return float(getattr(request.cluster.peak_tflops, precision_of(request)) * 1e12)
 
 
 def _seq_len(request: PlanRequest, num_params: float) -> int:

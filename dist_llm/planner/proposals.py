@@ -18,7 +18,7 @@ from dist_llm.config.run import RunConfig
 
 MICROBATCHES = (1, 2, 4, 8, 16)
 RECOMPUTES = ("none", "selective", "full")
-MOST_CHUNKS = 6
+MOST_CHUNKS, MOST_PIPELINE = 6, 64
 LONG_SEQUENCE = 8192
 """Tokens from which splitting a sequence over ranks is weighed."""
 
@@ -55,7 +55,7 @@ def _splits(config: RunConfig, ranks: int, devices_per_node: int) -> Iterator[Ch
         for context in _contexts(config.data.seq_len, ranks // tensor):
             for pipeline in divisors(ranks // tensor // context):
                 data = ranks // tensor // context // pipeline
-                if pipeline <= model.num_layers and data <= config.data.global_batch:
+                if pipeline <= min(model.num_layers, MOST_PIPELINE) and data <= config.data.global_batch:
                     for expert in _experts(model, data * context):
                         yield {
                             "tensor": tensor,

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dist_llm.accounting.params import num_parameters
 from dist_llm.config.run import RunConfig
 from dist_llm.planner.cost.step import StepTime, node_devices, predict_step
 from dist_llm.planner.footprint import GIB, Footprint, predict_memory
+from dist_llm.planner.native_memory import installed_torch
 from dist_llm.planner.proposals import propose_layouts
 
 FULL = 0.95
 """Share of a device's memory that a plan fills at the most."""
+
+MOST_SPARE = 4
+"""Pipelines are not weighed that are more than so many times longer than one that fits with nothing recomputed."""
+
+LEAST_BYTES = 12
+"""Bytes a parameter that no layout does without: fp32 masters and Adam's moments."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +59,20 @@ def rank_layouts(config: RunConfig, ranks: int) -> Ranking:
     limit = FULL * config.cluster.memory_gib
     fitting: list[Ranked] = []
     smallest: tuple[int, RunConfig, Footprint] | None = None
-    proposed = 0
+    proposed, release = 0, installed_torch()
+    enough: dict[tuple[int, int], int] = {}
     for variants in propose_layouts(config, ranks, node_devices(config)):
+        parallel = variants[0].parallel
+        share = (parallel.tensor, parallel.context)
+        if parallel.pipeline > MOST_SPARE * enough.get(share, parallel.pipeline):
+            continue
         for each in variants:
             proposed += 1
-            memory = predict_memory(each, ranks)
+            memory = predict_memory(each, ranks, release, by_stage=False)
             if memory.fits(limit):
                 fitting.append(Ranked(each, memory, predict_step(each, ranks)))
+                if each is variants[0]:
+                    enough.setdefault(share, parallel.pipeline)
                 break
             if smallest is None or memory.peak_bytes < smallest[0]:
                 smallest = (memory.peak_bytes, each, memory)
@@ -66,3 +81,14 @@ def rank_layouts(config: RunConfig, ranks: int) -> Ranking:
     if smallest is not None and not fitting:
         too_large = Ranked(smallest[1], smallest[2], predict_step(smallest[1], ranks))
     return Ranking(tuple(fitting), too_large, proposed)
+
+
+def holds(config: RunConfig, ranks: int) -> bool:
+    """Return whether any layout of the config's model and batch fits on `ranks` ranks."""
+    limit, release = FULL * config.cluster.memory_gib, installed_torch()
+    if LEAST_BYTES * num_parameters(config.model) > ranks * limit * GIB:
+        return False
+    for variants in propose_layouts(config, ranks, node_devices(config)):
+        if predict_memory(variants[-1], ranks, release, by_stage=False).fits(limit):
+            return True
+    return False

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from dist_llm.config.checks import OF_THIS_MACHINE, RULES, check
 from dist_llm.config.request import PlanRequest
 from dist_llm.config.run import RunConfig
 from dist_llm.errors import ConfigError, Violation
-from dist_llm.planner.ranking import FULL, Ranking
+from dist_llm.planner.ranking import FULL, Ranking, holds
 from dist_llm.planner.shapes import Shape
 
 MOST_NODES = 2**14
@@ -50,30 +50,42 @@ def refuse_batch(request: PlanRequest, draft: RunConfig, devices: int) -> Config
     )
 
 
-def refuse_memory(request: PlanRequest, shape: Shape, ranking: Ranking, nodes: int) -> ConfigError:
-    """Return the error of a model that fits nowhere, with the layout that comes nearest."""
+def refuse_memory(
+    request: PlanRequest, shape: Shape, ranking: Ranking, draft_of: Callable[[float], RunConfig]
+) -> ConfigError:
+    """Return the error of a model that fits nowhere, with the nodes that hold it and the budget that these hold.
+
+    draft_of: the run, not yet split, of so many training FLOPs.
+    """
     least = ranking.too_large
     assert least is not None
-    limit = FULL * request.cluster.memory_gib
-    parallel = least.config.parallel
-    layout = (
-        f"tensor={parallel.tensor} pipeline={parallel.pipeline} context={parallel.context} data={parallel.data} "
-        f"zero={parallel.zero} recompute={parallel.recompute}"
-    )
+    limit, nodes = FULL * request.cluster.memory_gib, request.cluster.nodes or 1
     rule = (
-        f"holds no layout of {shape.num_params:.3g} parameters: the smallest of {ranking.proposed} ({layout}) needs "
-        f"{least.peak_gib:.1f} of {limit:.1f} GiB a device, most of it {least.memory.largest}"
+        f"holds no layout of {shape.num_params:.3g} parameters: the smallest of {ranking.proposed} ({least.name}) "
+        f"needs {least.peak_gib:.1f} of {limit:.1f} GiB a device, most of it {least.memory.largest}"
     )
-    times = least.peak_gib / limit
-    more = min(MOST_NODES, max(nodes + 1, 2 ** max(0, (int(nodes * times) - 1).bit_length())))
-    violations = [Violation("cluster.nodes", nodes, rule, (more,))]
+    each = least.config.launcher.nproc
+    more = next((n for n in _doubled(nodes) if holds(least.config, n * each)), None)
+    violations = [Violation("cluster.nodes", nodes, rule, () if more is None else (more,))]
     flops = request.budget.flops
-    return ConfigError([*violations, *(_less(request, float(f"{flops / (2 * times**2):.2g}")) if flops else ())])
+    if flops is not None and request.preset is None:
+        halves = (float(f"{flops / 2**times:.2g}") for times in range(1, 40))
+        less = next((half for half in halves if holds(draft_of(half), nodes * each)), None)
+        violations += _less(request, less) if less is not None else []
+    return ConfigError(violations)
+
+
+def _doubled(nodes: int) -> Iterator[int]:
+    """Yield the powers of two above a number of nodes, as far as clusters go."""
+    more = 1
+    while more <= MOST_NODES:
+        if more > nodes:
+            yield more
+        more *= 2
 
 
 def _less(request: PlanRequest, flops: float) -> list[Violation]:
     if request.budget.flops is None:
         return []
-    return [
-        Violation("budget.flops", request.budget.flops, "or take a smaller budget, and so a smaller model", (flops,))
-    ]
+    rule = "or take a smaller budget, and so a smaller model"
+    return [Violation("budget.flops", request.budget.flops, rule, (flops,))]

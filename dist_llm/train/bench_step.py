@@ -26,11 +26,11 @@ from dist_llm.config.run import RunConfig
 from dist_llm.engine.base import Engine
 from dist_llm.engine.build import build_engine
 from dist_llm.errors import ConfigError, EngineUnavailable, Violation
+from dist_llm.runtime.cores import usable_cores
 from dist_llm.runtime.device import device_name, peak_memory_gib, resolve_device, synchronize
 from dist_llm.runtime.ledger import CollectiveLedger
 from dist_llm.runtime.mesh import build_mesh
 from dist_llm.runtime.pool import WorkerPool
-from dist_llm.runtime.cores import usable_cores
 from dist_llm.runtime.process import prepare_rank
 from dist_llm.runtime.seed import set_determinism
 from dist_llm.train.engines import REFERENCE, Build, on_engine, problems, said

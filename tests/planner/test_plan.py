@@ -135,14 +135,14 @@ def test_experts_count_by_what_a_token_meets(plan: Plan) -> None:
     ("words", "said"),
     [
         (["cluster=h100-sxm"], "budget.flops=unset must be given"),
-        (["budget.flops=1e20", "budget.usd=5"], "budget.usd=5 is one of budget.flops and budget.usd: give one"),
+        (["budget.flops=1e20", "budget.usd=5"], "budget.usd=5.0 is one of budget.flops and budget.usd: give one"),
         (["budget.flops=-1"], "budget.flops=-1 must be greater than 0"),
-        (["budget.flops=1e20", "data.tokens=-5"], "data.tokens=-5 must be at least 1; use 1"),
+        (["budget.flops=1e20", "data.tokens=-5"], "data.tokens=-5 must be at least 1"),
         (["budget.flops=1e20", "cluster=h200-sx"], "cluster=h200-sx is not one of the"),
         (["budget.flops=1e20", "law=chinchila"], "is neither a published law nor a law file"),
         (["budget.flops=10"], "is too little to train anything"),
         (["budget.flop=1e20"], "did you mean budget.flops?"),
-        (["budget.flops=1e27", *CLUSTER], "cluster.nodes=1 "),
+        (["budget.flops=1e27", *CLUSTER], "cluster.nodes=1 would take"),
         (
             ["budget.flops=1e20", "model=llama3-405b", *CLUSTER],
             "cluster.nodes=1 holds no layout of 4.06e+11 parameters",
