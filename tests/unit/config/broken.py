@@ -368,7 +368,8 @@ BROKEN: list[tuple[str, dict[str, object], int | None, str]] = [
         "launcher_is_built",
         {"launcher__name": "mpi"},
         None,
-        "launcher.name=mpi is not part of this version; start ranks with torchrun -m dist_llm train; use local or slurm",
+        "launcher.name=mpi is not part of this version; start ranks with torchrun -m dist_llm train; "
+        "use local or slurm",
     ),
     (
         "local_launcher_has_one_node",
