@@ -61,7 +61,7 @@ def draft_config(
         "checkpoint": {},
         "telemetry": {},
         "launcher": {"name": launcher_of(request, nodes), "nproc": each, "nodes": nodes},
-        "cluster": request.cluster.model_dump(),
+        "cluster": {**request.cluster.model_dump(), **({"practice": "native"} if request.engine == "native" else {})},
     }
     return decode(tree)
 
