@@ -30,6 +30,8 @@ from dist_llm.config.wording import shown
 from dist_llm.errors import ConfigError, Violation
 
 EXPERIMENT = "experiment"
+HARDWARE, FILE_ENDING = "cluster", ".yaml"
+"""The group whose choice may be a file, as `dist-llm plan calibrate --write` writes it, and how its name ends."""
 MAX_OVERRIDE = 4096
 MOST_SHOWN = 6
 
@@ -178,6 +180,12 @@ def _choose(group: str, raw: str, presets: tuple[str, ...], choices: dict[str, s
     name = _FORMER.get(group, {}).get(name, name)
     if name in presets:
         choices[group] = name
+    elif group == HARDWARE and name.endswith(FILE_ENDING):
+        if Path(name).expanduser().is_file():
+            choices[group] = name
+        else:
+            words = "is no file; `dist-llm plan calibrate RUN... --write` makes one"
+            composed.refuse(Violation(group, shown(raw), words, presets[:MOST_SHOWN]), group)
     elif group == EXPERIMENT and name in ("null", ""):
         choices.pop(EXPERIMENT, None)
     else:
@@ -190,7 +198,8 @@ def _choose(group: str, raw: str, presets: tuple[str, ...], choices: dict[str, s
 
 def _compose_presets(choices: dict[str, str]) -> dict[str, Any]:
     """Return what Hydra composes of the presets."""
-    arguments = [f"{group}={name}" for group, name in choices.items()]
+    file = choices.get(HARDWARE, "") if choices.get(HARDWARE, "").endswith(FILE_ENDING) else None
+    arguments = [f"{group}={name}" for group, name in choices.items() if file is None or group != HARDWARE]
     try:
         with initialize_config_dir(config_dir=str(preset_folder()), version_base="1.3"):
             config = hydra_compose("config", overrides=arguments)
@@ -198,7 +207,8 @@ def _compose_presets(choices: dict[str, str]) -> dict[str, Any]:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"the presets in {preset_folder()} do not compose: {error}") from error
     assert isinstance(tree, dict)
-    return {str(key): value for key, value in tree.items()}
+    found = {str(key): value for key, value in tree.items()}
+    return found if file is None else {**found, HARDWARE: read_document(Path(file).expanduser())}
 
 
 def _replace_sections(choices: dict[str, str], config_file: Path, composed: Composed) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from dist_llm.cli.dry_run import DRY_RUN
 from dist_llm.cli.parse import Answer, Command, add_config, add_json, compose_arguments
 from dist_llm.cli.plan_budget import BUDGET
+from dist_llm.cli.plan_calibrate import CALIBRATE
 from dist_llm.cli.plan_fit import FIT
 from dist_llm.cli.plan_ladder import LADDER
 from dist_llm.cli.plan_predict import PREDICT
@@ -131,4 +132,5 @@ COMMANDS = {
     "predict": PREDICT,
     "ladder": LADDER,
     "fit": FIT,
+    "calibrate": CALIBRATE,
 }

@@ -1,0 +1,105 @@
+"""`dist-llm plan calibrate RUN...`: a hardware file of this machine from runs that were timed on it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dist_llm.cli.parse import Answer, Command, add_json
+from dist_llm.errors import ConfigError, DataError, StorageError, Violation
+
+if TYPE_CHECKING:
+    from dist_llm.planner.calibration import Observation
+
+_EPILOG = """\
+  dist-llm plan calibrate runs/* --write box.yaml
+  dist-llm plan predict cluster=box.yaml model=llama-tiny parallel.tensor=2 --json
+
+RUN is the folder of a run: config.yaml and the step_seconds of metrics.jsonl, the first quarter of them left out. Runs
+should differ in what they are bound by: a wide model, a narrow one, tensor ranks, data ranks, a long pipeline.
+--hold-out names runs that are predicted and not fitted."""
+
+FEWEST_STEPS = 4
+
+
+def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Take folders of runs, and where to write."""
+    parser.epilog = _EPILOG
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument(
+        "--hold-out", nargs="+", type=Path, default=[], metavar="RUN", help="predict these, fit them not"
+    )
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the hardware file (YAML), for cluster=FILE")
+    add_json(parser)
+
+
+def calibrate_runs(arguments: argparse.Namespace) -> Answer:
+    """Fit the hardware's figures to the runs and show predicted beside measured."""
+    from dist_llm.config.document import render_document
+    from dist_llm.planner.calibration import calibrate, predicted_seconds
+
+    held_out = {path.resolve() for path in arguments.hold_out}
+    fitted = [_observe(path) for path in arguments.runs if path.resolve() not in held_out]
+    if not fitted:
+        raise ConfigError("every run is held out: leave one at least to fit")
+    others = [_observe(path) for path in arguments.hold_out]
+    cluster = fitted[0].config.cluster
+    for each in (*fitted, *others):
+        if each.config.cluster.device != cluster.device:
+            rule = f"is not the {cluster.device} of {fitted[0].name}: one hardware file is of one machine"
+            raise ConfigError([Violation(f"{each.name}: cluster.device", each.config.cluster.device, rule)])
+    found = calibrate(cluster, fitted)
+    blind = {each.name: predicted_seconds(each, found.cluster) / each.step_seconds - 1 for each in others}
+    named = found.cluster.model_copy(update={"source": f"calibrated on {len(fitted)} runs, from {cluster.name}"})
+    data: dict[str, object] = {
+        "cluster": named.model_dump(mode="json"),
+        "figures": {name: {"before": before, "after": after} for name, (before, after) in found.moved.items()},
+        "runs": [_row(each, found.before[each.name], found.after[each.name]) for each in fitted],
+        "held_out": [_row(each, None, blind[each.name]) for each in others],
+        "mean_error": found.mean_error,
+    }
+    lines = [f"{name}: {before:.4g} -> {after:.4g}" for name, (before, after) in found.moved.items()]
+    lines += [f"  {each.name}: {each.step_seconds:.4g} s, predicted {found.after[each.name]:+.1%}" for each in fitted]
+    lines += [
+        f"  held out {each.name}: {each.step_seconds:.4g} s, predicted {blind[each.name]:+.1%}" for each in others
+    ]
+    if arguments.write is not None:
+        try:
+            arguments.write.write_text(render_document(named), encoding="utf-8")
+        except OSError as error:
+            raise StorageError(f"cannot write {arguments.write}: {error.strerror}") from error
+        data["written"] = str(arguments.write)
+        lines.append(f"written: {arguments.write}")
+    return Answer("\n".join(lines), data)
+
+
+def _row(observation: Observation, before: float | None, after: float) -> dict[str, object]:
+    seconds = observation.step_seconds
+    return {
+        "name": observation.name,
+        "measured_seconds": seconds,
+        "predicted_seconds": seconds * (1 + after),
+        "error": after,
+        "error_before": before,
+    }
+
+
+def _observe(folder: Path) -> Observation:
+    """Return the run in a folder. ConfigError where it is no run's, DataError where too few of its steps are timed."""
+    from dist_llm.config.decode import decode
+    from dist_llm.config.document import read_document
+    from dist_llm.planner.calibration import Observation, settled_seconds
+    from dist_llm.telemetry.records import CONFIG_FILE, read_metrics
+
+    if not (folder / CONFIG_FILE).is_file():
+        raise ConfigError([Violation("RUN", str(folder), f"holds no {CONFIG_FILE}: it is not the folder of a run")])
+    config = decode(read_document(folder / CONFIG_FILE))
+    seconds = [line.step_seconds for line in read_metrics(folder) if line.step_seconds]
+    if len(seconds) < FEWEST_STEPS:
+        raise DataError(f"{folder}: {len(seconds)} steps are timed, and {FEWEST_STEPS} are needed")
+    launcher = config.launcher
+    return Observation(str(folder), config, launcher.nproc * launcher.nodes, settled_seconds(seconds))
+
+
+CALIBRATE = Command("a hardware file of this machine from runs on it", add_calibrate_arguments, calibrate_runs)

@@ -1,0 +1,109 @@
+"""A hardware file from runs: the few figures of it that make predicted step times those that were measured.
+
+    minimise   sum over runs (ln (predicted / measured) / NOISE)^2 + sum over figures (ln (figure / preset) / WIDE)^2
+
+The second sum keeps a figure at the preset's where runs say nothing of it. Rates of products are the peak's on a CPU,
+which no data sheet gives, and the part of it that is reached on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from dist_llm.config.cluster import ClusterConfig, PeakTflops
+from dist_llm.config.run import RunConfig
+from dist_llm.planner.cost.step import predict_step
+
+WIDE = 1.5
+"""Standard deviation of a figure about the preset's, in logarithms: a factor of 4.5."""
+
+NOISE = 0.03
+"""Standard deviation of a run's median step about a right prediction, in logarithms."""
+
+FARTHEST = math.log(50)
+_COMMON = ("memory_gb_per_second", "dispatch_microseconds", "link_gb_per_second", "link_microseconds")
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A run that was timed: its config, its ranks, and the median time of its later steps."""
+
+    name: str
+    config: RunConfig
+    ranks: int
+    step_seconds: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The hardware as the runs show it; errors are relative, by run, before and after."""
+
+    cluster: ClusterConfig
+    moved: dict[str, tuple[float, float]]
+    before: dict[str, float]
+    after: dict[str, float]
+
+    @property
+    def mean_error(self) -> float:
+        """Mean of the absolute errors after."""
+        return sum(map(abs, self.after.values())) / len(self.after)
+
+
+def calibrate(cluster: ClusterConfig, observations: Sequence[Observation]) -> Calibration:
+    """Return the hardware whose predictions are nearest to the observations, seen from a preset."""
+    from scipy.optimize import least_squares
+
+    figures = _figures(cluster)
+
+    def gaps(logs: Sequence[float]) -> list[float]:
+        moved = _moved(cluster, figures, logs)
+        missed = [math.log(predicted_seconds(each, moved) / each.step_seconds) / NOISE for each in observations]
+        return [*missed, *(log / WIDE for log in logs)]
+
+    most = [FARTHEST if name != "matmul_efficiency" else -math.log(cluster.matmul_efficiency) for name in figures]
+    start = [min(0.0, high - 1e-6) for high in most]
+    found = least_squares(gaps, start, bounds=([-FARTHEST] * len(figures), most), x_scale=0.3)
+    after = _moved(cluster, figures, [float(log) for log in found.x])
+    return Calibration(
+        after,
+        {name: (_value(cluster, name), _value(after, name)) for name in figures},
+        _errors(observations, cluster),
+        _errors(observations, after),
+    )
+
+
+def predicted_seconds(observation: Observation, cluster: ClusterConfig) -> float:
+    """Return the predicted time of a step of an observed run on a cluster."""
+    return predict_step(observation.config.model_copy(update={"cluster": cluster}), observation.ranks).seconds
+
+
+def settled_seconds(step_seconds: Sequence[float]) -> float:
+    """Return the median of a run's steps without its first quarter, in which it warms up."""
+    return median(step_seconds[len(step_seconds) // 4 :])
+
+
+def _figures(cluster: ClusterConfig) -> tuple[str, ...]:
+    return ("peak_tflops" if cluster.device == "cpu" else "matmul_efficiency", *_COMMON)
+
+
+def _moved(cluster: ClusterConfig, figures: Sequence[str], logs: Sequence[float]) -> ClusterConfig:
+    """Return a cluster with figures multiplied; the peaks of all formats together."""
+    changes: dict[str, object] = {}
+    for name, log in zip(figures, logs, strict=True):
+        if name == "peak_tflops":
+            peaks = {key: value * math.exp(log) for key, value in cluster.peak_tflops.model_dump().items()}
+            changes[name] = PeakTflops(**peaks)
+        else:
+            changes[name] = getattr(cluster, name) * math.exp(log)
+    return cluster.model_copy(update=changes)
+
+
+def _value(cluster: ClusterConfig, name: str) -> float:
+    return float(cluster.peak_tflops.fp32 if name == "peak_tflops" else getattr(cluster, name))
+
+
+def _errors(observations: Sequence[Observation], cluster: ClusterConfig) -> dict[str, float]:
+    return {each.name: predicted_seconds(each, cluster) / each.step_seconds - 1 for each in observations}

@@ -1,0 +1,118 @@
+"""Calibration finds the hardware that made the times, and predicts runs that it has not seen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dist_llm.cli.main import main
+from dist_llm.cli.rows import read_row
+from dist_llm.config.cluster import ClusterConfig
+from dist_llm.config.document import render_document
+from dist_llm.errors import ExitCode
+from dist_llm.planner.calibration import Observation, calibrate, predicted_seconds, settled_seconds
+
+Words = dict[str, object]
+
+SHAPES: list[Words] = [
+    {"model.hidden_size": 512, "model.num_layers": 4, "data.seq_len": 256, "data.global_batch": 8},
+    {"model.hidden_size": 64, "model.num_layers": 12, "data.seq_len": 64, "data.global_batch": 4},
+    {"model.hidden_size": 256, "model.num_layers": 4, "data.seq_len": 128, "data.global_batch": 8, "parallel.data": 2},
+    {
+        "model.hidden_size": 256,
+        "model.num_layers": 6,
+        "data.seq_len": 128,
+        "data.global_batch": 8,
+        "parallel.tensor": 2,
+    },
+    {"model.hidden_size": 128, "model.num_layers": 8, "data.seq_len": 512, "data.global_batch": 4},
+]
+UNSEEN: list[Words] = [
+    {"model.hidden_size": 384, "model.num_layers": 6, "data.seq_len": 256, "data.global_batch": 8, "parallel.data": 2},
+    {"model.hidden_size": 192, "model.num_layers": 8, "data.seq_len": 128, "data.global_batch": 8},
+    {
+        "model.hidden_size": 256,
+        "model.num_layers": 8,
+        "data.seq_len": 256,
+        "data.global_batch": 4,
+        "parallel.tensor": 2,
+    },
+]
+
+
+def _observe(words: Words, truth: ClusterConfig | None) -> Observation:
+    config, ranks = read_row({"cluster": "cpu", "cluster.devices_per_node": 4, "model.vocab_size": 512, **words})
+    name = str(sorted(words.items()))
+    blank = Observation(name, config, ranks, 1.0)
+    return Observation(name, config, ranks, predicted_seconds(blank, truth or config.cluster))
+
+
+@pytest.fixture
+def truth() -> ClusterConfig:
+    """Return a box unlike the preset: faster cores, slower memory, dearer operations and messages."""
+    preset = _observe(SHAPES[0], None).config.cluster
+    peaks = preset.peak_tflops.model_copy(update={"fp32": preset.peak_tflops.fp32 * 1.7})
+    slow = {"memory_gb_per_second": 5.0, "dispatch_microseconds": 31.0, "link_gb_per_second": 0.9}
+    return preset.model_copy(update={"peak_tflops": peaks, **slow, "link_microseconds": 420.0})
+
+
+def test_unseen_runs_are_predicted(truth: ClusterConfig) -> None:
+    observed = [_observe(words, truth) for words in SHAPES]
+    found = calibrate(observed[0].config.cluster, observed)
+    assert max(map(abs, found.before.values())) > 0.25
+    assert found.mean_error < 0.02
+    for words in UNSEEN:
+        unseen = _observe(words, truth)
+        assert predicted_seconds(unseen, found.cluster) == pytest.approx(unseen.step_seconds, rel=0.05)
+        assert predicted_seconds(unseen, unseen.config.cluster) != pytest.approx(unseen.step_seconds, rel=0.2)
+
+
+def test_what_runs_say_nothing_of_stays(truth: ClusterConfig) -> None:
+    alone = [_observe(words, truth) for words in SHAPES if not {"parallel.data", "parallel.tensor"} & {*words}]
+    found = calibrate(alone[0].config.cluster, alone)
+    before, after = found.moved["link_gb_per_second"]
+    assert after == pytest.approx(before, rel=1e-3)
+
+
+def test_the_first_steps_do_not_count() -> None:
+    assert settled_seconds([9.0, 9.0, 1.0, 2.0, 1.0, 1.5, 1.2, 1.1]) == pytest.approx(1.15)
+
+
+def _folder(folder: Path, observation: Observation) -> Path:
+    folder.mkdir()
+    launcher = observation.config.launcher.model_copy(update={"nproc": observation.ranks})
+    config = observation.config.model_copy(update={"launcher": launcher})
+    (folder / "config.yaml").write_text(render_document(config))
+    line = {"tokens": 1, "loss": 1.0, "grad_norm": 1.0, "lr": 1.0, "step_seconds": observation.step_seconds}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": step, **line}) + "\n" for step in range(1, 9)))
+    return folder
+
+
+def test_the_command(tmp_path: Path, truth: ClusterConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [str(_folder(tmp_path / f"run{i}", _observe(words, truth))) for i, words in enumerate(SHAPES)]
+    unseen = str(_folder(tmp_path / "unseen", _observe(UNSEEN[0], truth)))
+    box = tmp_path / "box.yaml"
+    assert main(["plan", "calibrate", *runs, "--hold-out", unseen, "--write", str(box), "--json"]) == ExitCode.DONE
+    answer: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert abs(answer["held_out"][0]["error"]) < 0.05
+    assert ClusterConfig.model_validate(yaml.safe_load(box.read_text())).memory_gb_per_second == pytest.approx(
+        5, rel=0.3
+    )
+    words = [f"{key}={value}" for key, value in UNSEEN[0].items()]
+    assert main(["plan", "predict", f"cluster={box}", "model.vocab_size=512", *words, "--json"]) == ExitCode.DONE
+    said = json.loads(capsys.readouterr().out)["step_seconds"]
+    assert said == pytest.approx(answer["held_out"][0]["predicted_seconds"], rel=1e-6)
+
+
+def test_bad_input(tmp_path: Path, truth: ClusterConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "calibrate", str(tmp_path)]) == ExitCode.CONFIG
+    assert "it is not the folder of a run" in capsys.readouterr().err
+    assert main(["plan", "predict", f"cluster={tmp_path / 'none.yaml'}", "model=llama-tiny"]) == ExitCode.CONFIG
+    assert "is no file" in capsys.readouterr().err
+    short = _folder(tmp_path / "short", _observe(SHAPES[0], truth))
+    (short / "metrics.jsonl").write_text("")
+    assert main(["plan", "calibrate", str(short)]) == ExitCode.BAD_DATA
