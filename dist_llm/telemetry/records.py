@@ -22,6 +22,7 @@ from dist_llm.errors import StorageError
 from dist_llm.types import StepRecord
 
 METRICS_FILE = "metrics.jsonl"
+PREDICTION_FILE = "prediction.json"
 EVENTS_FILE = "events.jsonl"
 VALIDATION_FILE = "validation.jsonl"
 SAMPLE_FILE = "sample.txt"

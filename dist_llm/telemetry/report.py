@@ -6,6 +6,7 @@ Everything that it shows comes from the run's files and is escaped, for a corpus
 from __future__ import annotations
 
 import base64
+import json
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -16,6 +17,7 @@ from dist_llm.telemetry.picture import PICTURE_FILE
 from dist_llm.telemetry.records import (
     CONFIG_FILE,
     EVENTS_FILE,
+    PREDICTION_FILE,
     REPORT_FILE,
     SAMPLE_FILE,
     MetricsLine,
@@ -52,7 +54,7 @@ def write_report(run_dir: Path) -> Path:
     page = environment.from_string(source).render(
         name=run_dir.name,
         state=_state(events),
-        figures=_figures(steps),
+        figures=[*_figures(steps), *_foretold(steps, _prediction(run_dir / PREDICTION_FILE))],
         picture=base64.b64encode(picture.read_bytes()).decode() if picture.is_file() else "",
         sample=_text(run_dir / SAMPLE_FILE),
         events=[_row(event) for event in events[-_SHOWN_EVENTS:]],
@@ -88,6 +90,34 @@ def _figures(steps: list[MetricsLine]) -> list[Figure]:
     if memory:
         figures.append(Figure("peak memory", f"{max(memory):.2f}", "GiB on rank 0"))
     return figures
+
+
+def _prediction(path: Path) -> dict[str, float]:
+    """Return the numbers of prediction.json; none where it is absent or is not what it should be."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    numbers = found.items() if isinstance(found, dict) else ()
+    return {name: float(value) for name, value in numbers if isinstance(value, int | float) and value > 0}
+
+
+def _foretold(steps: list[MetricsLine], prediction: dict[str, float]) -> list[Figure]:
+    """Return what was foretold of step time, memory and loss, with how far it is from what was measured."""
+    seconds = [line.step_seconds for line in steps if line.step_seconds]
+    memory = [line.memory_gib for line in steps if line.memory_gib]
+    losses = [line.loss for line in steps if line.loss][-20:]
+    measured = {
+        "step_seconds": ("foretold step", "s", median(seconds[len(seconds) // 4 :]) if seconds else None),
+        "memory_gib": ("foretold memory", "GiB", max(memory, default=None)),
+        "loss": ("foretold loss", "nats", sum(losses) / len(losses) if losses else None),
+    }
+    found = []
+    for name, (label, unit, real) in measured.items():
+        if name in prediction and real is not None:
+            value = prediction[name]
+            found.append(Figure(label, f"{value:.3g} {unit}", f"{value / real - 1:+.0%} of {real:.3g}"))
+    return found
 
 
 def _state(events: list[dict[str, object]]) -> str:

@@ -36,6 +36,7 @@ from dist_llm.telemetry.tensorboard import TensorBoard
 from dist_llm.telemetry.wandb import WandB
 from dist_llm.train.checkpoints import Checkpoints
 from dist_llm.train.evaluation import Evaluation
+from dist_llm.train.foresight import write_prediction
 from dist_llm.train.identity import identity_of, layout_of, recipe_of
 from dist_llm.train.interrupt import Interruption
 from dist_llm.train.lock import lock_run
@@ -218,6 +219,8 @@ class _Run:
     def _open_files(self) -> None:
         self._files = RunFiles(self._dir)
         self._files.write_config(self._config_yaml)
+        if self._config.cluster.device == self._device.type:
+            write_prediction(self._config, dist.get_world_size(), self._dir)
         (self._dir / REPORT_FILE).unlink(missing_ok=True)
         shutil.copyfile(self._prepared.tokenizer_path, self._dir / "tokenizer.model")
 
