@@ -85,7 +85,7 @@ def _answer_line(line: str, common: Mapping[str, object]) -> dict[str, object]:
         return answer_config(*read_row({**common, **_overrides(line)}))
     except DistLLMError as error:
         return {"error": str(error)}
-    except (ArithmeticError, RecursionError) as error:
+    except (ArithmeticError, RecursionError, TypeError, ValueError) as error:
         return {"error": f"cannot be reckoned: {error}"}
 
 

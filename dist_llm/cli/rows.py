@@ -47,6 +47,10 @@ def read_row(overrides: Mapping[str, object]) -> tuple[RunConfig, int]:
     base = _base(tuple(sorted((group, str(name)) for group, name in choices.items())))
     tree: Tree = {section: dict(held) if isinstance(held, dict) else held for section, held in base.items()}
     violations = [violation for key, value in settings.items() for violation in _assign(tree, key, value)]
+    odd = [key for key, held in base.items() if isinstance(held, dict) and not isinstance(tree[key], dict)]
+    if odd:
+        violations += [Violation(key, shown(tree[key]), "is a section: set its settings, key.name") for key in odd]
+        raise ConfigError(violations)
     if "model" not in choices and "experiment" not in choices and any(f"model.{name}" in settings for name in _SIZES):
         tree["model"] = _sized_model(tree, settings)
     _complete(tree, settings, choices)
@@ -130,7 +134,7 @@ def _sized_model(tree: Tree, settings: Mapping[str, object]) -> Tree:
     """Return the model of a row that gives sizes: a family's options, and what follows from the sizes."""
     family = settings.get("model.family", "gpt2")
     given = {key.removeprefix("model."): value for key, value in settings.items() if key.startswith("model.")}
-    if family not in _FAMILIES:
+    if not isinstance(family, str) or family not in _FAMILIES:
         model: Tree = tree["model"]
         return model
     model = {**_family(str(family)), "num_kv_heads": None, "vocab_size": _VOCAB}

@@ -40,7 +40,7 @@ class ClusterConfig(Section):
     peak_tflops: PeakTflops
     """Dense peak of one device by compute format, in TFLOP/s; that of precision.name is the divisor of MFU."""
     memory_gib: float = Field(gt=0)
-    """Memory of one device, in GiB; kept with the run, nothing is limited by it."""
+    """Memory of one device, in GiB; a plan fills 95 % of it at the most, a run is not limited by it."""
     reserve_gib: float = Field(3.0, ge=0)
     """Memory of a device that no tensor can use: context, kernels, communication buffers, in GiB."""
     matmul_efficiency: float = Field(0.78, gt=0, le=1)
@@ -64,13 +64,13 @@ class ClusterConfig(Section):
     """Network of one node, each way, in Gbit/s."""
     network_microseconds: float = Field(20.0, ge=0)
     """Least time of a message between nodes, in microseconds."""
-    storage_gb_per_second: float = Field(2.0, gt=0)
+    storage_gb_per_second: float = Field(2.0, ge=1e-6)
     """Rate at which one node writes checkpoints, in GB/s."""
-    usd_per_device_hour: float = Field(2.0, ge=0)
+    usd_per_device_hour: float = Field(2.0, ge=0, le=1e6)
     """Price of one device for an hour, its share of the node included, in US dollars."""
     watts_per_device: float = Field(700.0, gt=0)
     """Power of one device under load, its share of node and cooling included, in watts."""
-    mtbf_device_hours: float = Field(50000.0, gt=0)
+    mtbf_device_hours: float = Field(50000.0, ge=1e-3)
     """Mean time between failures that end a job, times its devices, in hours."""
     practice: Literal["native", "megatron"] = "native"
     """Whose software is foretold. native: ours, with stages cut by cost and attention in one kernel. megatron:

@@ -22,7 +22,8 @@ class BudgetRequest(Section):
     """What may be spent: one of these."""
 
     flops: float | None = Field(None, gt=0, le=MOST)
-    """Training compute, 6 x parameters x tokens, in FLOPs."""
+    """Training compute, 6 x parameters x tokens, in FLOPs. With serving.tokens it sets the loss, that of the best model
+    of so many; the smaller model that is as good trains longer."""
     gpu_hours: float | None = Field(None, gt=0, le=MOST)
     """Hours of one device of the cluster, all devices added up."""
     usd: float | None = Field(None, gt=0, le=MOST)
@@ -35,7 +36,8 @@ class DataRequest(Section):
     tokens: float | None = Field(None, ge=1, le=MOST)
     """Distinct tokens; where more are needed they are repeated (Muennighoff et al. 2023). null: as many as needed."""
     seq_len: Count | None = None
-    """Length of a training sequence, in tokens; null: 2048 below a billion parameters, else 4096."""
+    """Length of a training sequence, in tokens; null: 512 below 100 million parameters, 2048 below a billion, else
+    4096, and at most what a given model takes."""
     global_batch: Count | None = None
     """Sequences a step; null: by published power laws."""
     path: str = DataConfig.model_fields["path"].default
@@ -45,7 +47,7 @@ class DataRequest(Section):
 class ServingRequest(Section):
     """What the trained model will do."""
 
-    tokens: float = Field(0.0, ge=0, le=MOST)
+    tokens: float = Field(0.0, ge=0, le=1e18)
     """Tokens that it will read and write; with many a smaller model trained longer is cheaper (Sardana et al. 2024)."""
 
 
@@ -91,7 +93,7 @@ class PlanRequest(Section):
     """Scaling law: one of the published, or the file that `dist-llm plan fit --write` has written."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Format of products; null: bf16 on GPUs, fp32 on CPUs."""
-    launcher: Literal["local", "torchrun", "slurm", "mpi"] | None = None
+    launcher: Literal["local", "slurm"] | None = None
     """What starts the ranks of the written config; null: local on one node, else slurm."""
     engine: Literal["native", "megatron", "deepspeed"] = "native"
     """Engine of the run."""

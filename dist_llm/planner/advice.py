@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from dist_llm.config.inputs import DataConfig
+from dist_llm.planner.draft import HIGHEST_RATE
 from dist_llm.planner.footprint import predict_memory
 from dist_llm.planner.front import Point, pareto_front
 from dist_llm.planner.native_memory import installed_torch
@@ -20,7 +22,13 @@ def describe(plan: Plan, top: int) -> dict[str, Any]:
     points = [Point(each.peak_gib, each.step.seconds, each.name) for each in plan.ranking.fitting]
     return {
         "flops": plan.flops,
-        "law": {"name": plan.law.name, "citation": plan.law.citation},
+        "training_flops": size.flops,
+        "law": {
+            "name": plan.law.name,
+            "citation": plan.law.citation,
+            "fitted_flops": plan.law.fitted_flops,
+            "extrapolates": _extrapolates(plan),
+        },
         "model": _model(plan),
         "tokens": plan.tokens,
         "tokens_interval": size.tokens_interval,
@@ -74,7 +82,17 @@ def describe_layout(ranked: Ranked, ranks: int) -> dict[str, Any]:
 
 def reasons(plan: Plan) -> list[tuple[str, str]]:
     """Return each choice with why it was made."""
-    return [_why_size(plan), _why_shape(plan), _why_batch(plan), _why_layout(plan), *_why_spending(plan)]
+    found = [_why_size(plan), _why_shape(plan), _why_batch(plan), _why_layout(plan), *_why_spending(plan)]
+    if plan.config.data.path == DataConfig.model_fields["path"].default:
+        why = "the plan does not know your corpus: give data.path, and tokenizer.path if there is one, before launching"
+        found.append((f"data.path={plan.config.data.path}", why))
+    return found
+
+
+def _extrapolates(plan: Plan) -> bool:
+    """Return whether the budget lies outside of the runs that the law was fitted to."""
+    fitted = plan.law.fitted_flops
+    return fitted is not None and not fitted[0] <= plan.size.flops <= fitted[1]
 
 
 def _model(plan: Plan) -> dict[str, Any]:
@@ -104,7 +122,11 @@ def _why_size(plan: Plan) -> tuple[str, str]:
     loss = "" if size.loss is None else f", loss {size.loss:.4f}"
     choice = f"{plan.shape.num_params:,} parameters on {plan.tokens:,} tokens{loss}"
     others = f"; the laws of the Chinchilla runs say {params[0]:.3g} to {params[1]:.3g} and {tokens[0]:.3g} to "
-    return choice, f"{size.why}{others}{tokens[1]:.3g}"
+    why = f"{size.why}{others}{tokens[1]:.3g}"
+    fitted = plan.law.fitted_flops
+    if fitted is not None and _extrapolates(plan):
+        why += f"; this is outside of the {fitted[0]:.2g} to {fitted[1]:.2g} FLOPs of the runs behind the law"
+    return choice, why
 
 
 def _why_shape(plan: Plan) -> tuple[str, str]:
@@ -128,7 +150,8 @@ def _why_batch(plan: Plan) -> tuple[str, str]:
         f"{plan.config.optimizer.lr:.3g} after {plan.config.schedule.warmup_steps} steps of warm-up"
     )
     why = f"Step Law (Li et al. 2025); published laws lie between {low:.3g} and {high:.3g} tokens, "
-    return choice, f"{why}{rates[0]:.2g} and {rates[1]:.2g}"
+    capped = f"; at most {HIGHEST_RATE:g}, for they were fitted to larger models" if rates[1] > HIGHEST_RATE else ""
+    return choice, f"{why}{rates[0]:.2g} and {rates[1]:.2g}{capped}"
 
 
 def _why_layout(plan: Plan) -> tuple[str, str]:

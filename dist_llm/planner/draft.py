@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dist_llm.accounting.params import num_parameters
 from dist_llm.config.cluster import ClusterConfig
 from dist_llm.config.decode import decode
 from dist_llm.config.inputs import DataConfig
@@ -14,7 +15,10 @@ from dist_llm.planner.batch_laws import Recommendation
 from dist_llm.runtime.cores import usable_cores
 
 WARMUP_SHARE, MOST_WARMUP = 0.01, 2000
-"""Warm-up is a hundredth of the steps, at most 2000 (Touvron et al. 2023), but at least ten."""
+"""Warm-up is a hundredth of the steps, at most 2000 (Touvron et al. 2023), at least ten but no more than a tenth."""
+HIGHEST_RATE = 0.01
+"""Power laws of the learning rate were fitted to models of tens of millions of parameters and more; below, they rise
+beyond what trains."""
 
 
 def devices_of(cluster: ClusterConfig) -> int:
@@ -24,7 +28,17 @@ def devices_of(cluster: ClusterConfig) -> int:
 
 def warmup_steps(steps: int) -> int:
     """Return the steps of warm-up of a run."""
-    return min(steps, max(10, min(MOST_WARMUP, round(WARMUP_SHARE * steps))))
+    return min(max(1, steps // 10), max(10, min(MOST_WARMUP, round(WARMUP_SHARE * steps))))
+
+
+def run_name(model: ModelConfig, tokens: int) -> str:
+    """Return a name that tells plans apart: family, parameters and tokens, as in llama-9.57B-174B."""
+    return f"{model.family}-{_short(num_parameters(model))}-{_short(tokens)}"
+
+
+def _short(number: float) -> str:
+    unit = max((unit for unit in (1, 1e3, 1e6, 1e9, 1e12) if unit <= number), default=1)
+    return f"{number / unit:.3g}" + {1: "", 1e3: "K", 1e6: "M", 1e9: "B", 1e12: "T"}[unit]
 
 
 def draft_config(
@@ -42,12 +56,12 @@ def draft_config(
     nodes, each = machines
     on_cpu = request.cluster.device == "cpu"
     tree: dict[str, Any] = {
-        "run": {"name": f"plan-{request.model.family}", "steps": steps, "deterministic": on_cpu},
+        "run": {"name": run_name(model, steps * sequences * seq_len), "steps": steps, "deterministic": on_cpu},
         "device": "cpu" if on_cpu else "cuda",
         "model": model.model_dump(),
         "parallel": {},
         "engine": {"name": request.engine},
-        "optimizer": {"lr": float(f"{batch.learning_rate:.3g}")},
+        "optimizer": {"lr": float(f"{min(HIGHEST_RATE, batch.learning_rate):.3g}")},
         "schedule": {"name": "cosine", "warmup_steps": warmup_steps(steps)},
         "precision": {"name": request.precision or ("fp32" if on_cpu else "bf16")},
         "data": {

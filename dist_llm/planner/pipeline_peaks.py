@@ -21,8 +21,9 @@ from dist_llm.planner.pipeline_memory import levels
 
 _FIELDS = tuple(field.name for field in fields(StageMemory))
 _sizes = attrgetter(*_FIELDS)
-_ROUNDS = 5
-"""Rounds, of as many microbatches as ranks, after which a schedule was in its steady state and is out again."""
+_ROUNDS, _MORE_ROUNDS, _GPIPE_ROUNDS = 5, 10, 40
+"""Rounds, of as many microbatches as ranks, after which a schedule was in its steady state and is out again; and those
+after which what is kept of each microbatch for all a step (torch before 2.15, gpipe) has outgrown what is not."""
 
 
 class Counts:
@@ -73,8 +74,9 @@ def most_bytes(work: RankWork, memories: Sequence[StageMemory]) -> int:
     if work.as_needed and pipe.schedule == "1f1b":
         # Two rounds have all that more of them have.
         return _most(_with(work, min(pipe.microbatches, 2 * pipe.ranks + 2)), sizes)
-    enough = _ROUNDS * pipe.chunks * pipe.ranks + pipe.microbatches % pipe.ranks
-    if not work.as_needed or pipe.schedule == "gpipe" or pipe.microbatches <= enough + pipe.ranks:
+    rounds = _GPIPE_ROUNDS if pipe.schedule == "gpipe" else _ROUNDS if work.as_needed else _MORE_ROUNDS
+    enough = rounds * pipe.chunks * pipe.ranks + pipe.microbatches % pipe.ranks
+    if pipe.microbatches <= enough + pipe.ranks:
         return _most(work, sizes)
     at, after = (_most(_with(work, enough + more), sizes) for more in (0, pipe.ranks))
     return at + (pipe.microbatches - enough) // pipe.ranks * (after - at)

@@ -14,9 +14,10 @@ from dist_llm.config.run import RunConfig
 from dist_llm.errors import ConfigError, Violation
 from dist_llm.planner.batch_laws import Recommendation, recommend
 from dist_llm.planner.draft import devices_of, draft_config, warmup_steps
-from dist_llm.planner.laws import Law, Optimum
+from dist_llm.planner.laws import Law, Optimum, ParametricLaw
+from dist_llm.planner.published_laws import DEFAULT_LAW
 from dist_llm.planner.ranking import Ranked, Ranking, rank_layouts
-from dist_llm.planner.refusals import refuse_batch, refuse_budget, refuse_memory, refuse_years
+from dist_llm.planner.refusals import refuse_batch, refuse_budget, refuse_failures, refuse_memory, refuse_years
 from dist_llm.planner.shapes import FEWEST_PARAMS, Shape, law_parameters, measure, search_shapes
 from dist_llm.planner.sizing import Size, choose_size, compared_laws, size_of_model, with_params
 from dist_llm.planner.spending import Spending, spend
@@ -25,8 +26,11 @@ CLOSE = 0.01
 """How near a budget of device-hours or money is met."""
 
 MOST_ROUNDS = 8
+USUAL_MFU = 0.35
 MOST_DAYS = 3653.0
 """A plan that takes longer than ten years is none."""
+LEAST_GOODPUT = 0.5
+"""Below it failures, not work, are what takes the time."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,8 @@ def make_plan(request: PlanRequest, law: Law) -> Plan:
     else:
         plan = _plan_hours(request, law)
     if plan.spending.days > MOST_DAYS:
+        if plan.spending.reliability.goodput < LEAST_GOODPUT:
+            raise refuse_failures(request, plan.spending)
         raise refuse_years(request, plan.spending.days, MOST_DAYS, plan.flops)
     return plan
 
@@ -95,7 +101,7 @@ def _plan_hours(request: PlanRequest, law: Law) -> Plan:
     for _ in range(MOST_ROUNDS):
         plan = _plan_flops(request, law, flops)
         apart = hours / plan.spending.device_hours
-        if abs(apart - 1) <= CLOSE:
+        if abs(apart - 1) <= CLOSE or not apart:
             break
         flops *= apart
     return plan
@@ -104,8 +110,8 @@ def _plan_hours(request: PlanRequest, law: Law) -> Plan:
 def _plan_flops(request: PlanRequest, law: Law, flops: float) -> Plan:
     """Return the plan of so many training FLOPs."""
     nodes, devices = _machines(request)
-    days = flops / (devices * peak_flops_per_second(request)) / 86400
-    if days > MOST_DAYS:
+    days = flops / (USUAL_MFU * devices * peak_flops_per_second(request)) / 86400
+    if days > 2 * MOST_DAYS:
         raise refuse_years(request, days, MOST_DAYS, flops)
     size, shapes = _model(request, law, flops)
     shape = shapes[0]
@@ -130,7 +136,7 @@ def _draft(request: PlanRequest, size: Size, shape: Shape) -> tuple[Recommendati
     seq_len = request.data.seq_len or min(4096, shape.model.max_seq_len)
     nodes, devices = _machines(request)
     batch = recommend(law_parameters(shape, embeddings=False), size.tokens, seq_len)
-    sequences = request.data.global_batch or round_batch(batch.batch_sequences)
+    sequences = request.data.global_batch or round_batch(batch.batch_sequences, devices)
     sizes = (sequences, seq_len, _steps(size, sequences * seq_len))
     return batch, draft_config(request, shape.model, batch, sizes, (nodes, devices // nodes))
 
@@ -164,10 +170,15 @@ def _model(request: PlanRequest, law: Law, flops: float) -> tuple[Size, tuple[Sh
         shape = measure(request.preset)
         params = law_parameters(shape, law.counts_embeddings)
         return size_of_model(law, params, flops, unique), (shape,)
+    if request.serving.tokens and not isinstance(law, ParametricLaw):
+        rule = "says nothing of the loss, which serving.tokens is weighed by"
+        raise ConfigError([Violation("law", request.law, rule, (DEFAULT_LAW, "hoffmann-3", "muennighoff"))])
     size = choose_size(law, flops, unique, request.serving.tokens)
     if size.num_params < FEWEST_PARAMS:
         rule = f"is too little to train anything: {law.name} asks for {size.num_params:.2g} parameters"
-        raise ConfigError([Violation("budget.flops", flops, rule, (float(f"{least_flops(law):.2g}"),))])
+        name, value = next((name, value) for name, value in request.budget.model_dump().items() if value is not None)
+        near = float(f"{1.1 * value * least_flops(law) / flops:.2g}")
+        raise ConfigError([Violation(f"budget.{name}", value, rule, (near,))])
     seq_len = _seq_len(request, size.num_params)
     judge = law if size.loss is not None else None
 
@@ -214,11 +225,19 @@ def _machines(request: PlanRequest) -> tuple[int, int]:
     return nodes, nodes * devices_of(request.cluster)
 
 
-def round_batch(sequences: float) -> int:
-    """Return the number of form 2^k or 3 x 2^k that is nearest, so that many layouts divide it."""
-    exponent = max(0, math.floor(math.log2(max(1.0, sequences))))
+def round_batch(sequences: float, devices: int) -> int:
+    """Return the number nearest to a batch that many layouts of so many devices divide.
+
+    2^k or 3 x 2^k, times the odd part of the devices where that changes the batch by less than a half.
+    """
+    odd = devices
+    while odd % 2 == 0:
+        odd //= 2
+    unit = odd if odd not in (1, 3) and odd < 1.5 * sequences else 1
+    wanted = max(1.0, sequences / unit)
+    exponent = max(0, math.floor(math.log2(wanted)))
     near = [2**exponent, 3 * 2 ** (exponent - 1) if exponent else 2, 2 ** (exponent + 1)]
-    return int(min(near, key=lambda number: abs(math.log(number / max(1.0, sequences)))))
+    return unit * int(min(near, key=lambda number: abs(math.log(number / wanted))))
 
 
 def _with_checkpoints(best: Ranked, spending: Spending) -> RunConfig:

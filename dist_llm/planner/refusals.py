@@ -10,6 +10,7 @@ from dist_llm.config.run import RunConfig
 from dist_llm.errors import ConfigError, Violation
 from dist_llm.planner.ranking import FULL, Ranking, holds
 from dist_llm.planner.shapes import Shape
+from dist_llm.planner.spending import Spending
 
 MOST_NODES = 2**14
 
@@ -28,10 +29,22 @@ def refuse_budget(given: Mapping[str, float]) -> ConfigError:
 def refuse_years(request: PlanRequest, days: float, most_days: float, flops: float) -> ConfigError:
     """Return the error of a plan that takes too long on the nodes there are."""
     nodes = request.cluster.nodes or 1
-    less = float(f"{0.9 * flops * most_days / days:.2g}")
-    more = min(MOST_NODES, int(nodes * days / most_days) + 1)
-    rule = f"would take {days:,.0f} days; {most_days / 365.25:.0f} years of them do {less:.2g} FLOPs"
-    return ConfigError([Violation("cluster.nodes", nodes, rule, (more,)), *_less(request, less)])
+    times = days / most_days
+    rule = f"would take about {days:,.0f} days, and {most_days / 365.25:.0f} years are the most that is planned"
+    more = next((n for n in _doubled(nodes) if n >= 1.2 * nodes * times), None)
+    violations = [Violation("cluster.nodes", nodes, rule, () if more is None else (more,))]
+    return ConfigError([*violations, *_less(request, float(f"{0.7 * flops / times:.2g}"))])
+
+
+def refuse_failures(request: PlanRequest, spending: Spending) -> ConfigError:
+    """Return the error of a cluster that fails more often than it trains."""
+    cluster, goodput = request.cluster, spending.reliability.goodput
+    rule = (
+        f"lets {spending.devices} devices fail every {spending.reliability.job_mtbf_hours:.2g} hours: "
+        f"steps would advance in {goodput:.2g} of the time"
+    )
+    enough = float(f"{20 * spending.devices * (spending.save_seconds + spending.restart_seconds) / 3600:.1g}")
+    return ConfigError([Violation("cluster.mtbf_device_hours", cluster.mtbf_device_hours, rule, (enough,))])
 
 
 def refuse_batch(request: PlanRequest, draft: RunConfig, devices: int) -> ConfigError:
@@ -41,11 +54,12 @@ def refuse_batch(request: PlanRequest, draft: RunConfig, devices: int) -> Config
         return ConfigError(broken)
     nodes, sequences = request.cluster.nodes or 1, draft.data.global_batch
     rule = f"has {devices} devices, and a batch of {sequences} sequences can be dealt to so many in no layout"
-    fewer = max(1, nodes // 2)
+    fewer = (nodes // 2,) if nodes > 1 else ()
+    larger = -(-sequences // devices) * devices
     return ConfigError(
         [
-            Violation("cluster.nodes", nodes, rule, (fewer,)),
-            Violation("data.global_batch", sequences, "or give a larger batch", (devices,)),
+            Violation("cluster.nodes", nodes, rule, fewer),
+            Violation("data.global_batch", sequences, "or take a batch that they divide", (larger,)),
         ]
     )
 
@@ -70,7 +84,10 @@ def refuse_memory(
     flops = request.budget.flops
     if flops is not None and request.preset is None:
         halves = (float(f"{flops / 2**times:.2g}") for times in range(1, 40))
-        less = next((half for half in halves if holds(draft_of(half), nodes * each)), None)
+        try:
+            less = next((half for half in halves if holds(draft_of(half), nodes * each)), None)
+        except ConfigError:  # so small a budget has no model
+            less = None
         violations += _less(request, less) if less is not None else []
     return ConfigError(violations)
 

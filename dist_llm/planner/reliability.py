@@ -48,6 +48,8 @@ def wall_seconds(
     work_seconds: float, interval_seconds: float, save_seconds: float, restart_seconds: float, job_mtbf_seconds: float
 ) -> float:
     """Return the expected wall-clock seconds of `work_seconds` of training with failures, saves and restarts."""
+    if max(interval_seconds + save_seconds, restart_seconds) / job_mtbf_seconds > 500:
+        return math.inf  # beyond what numbers hold: it never ends
     segment = math.expm1((interval_seconds + save_seconds) / job_mtbf_seconds)
     restarts = math.exp(restart_seconds / job_mtbf_seconds)
     return job_mtbf_seconds * restarts * segment * work_seconds / interval_seconds

@@ -82,7 +82,7 @@ def usual_aspect(num_params: float) -> float:
 
 def _shapes(wish: ModelRequest, seq_len: int, target: float, embeddings: bool) -> Iterator[Shape]:
     """Yield for each width the depth that comes closest to the target from below and from above."""
-    for width in [wish.hidden_size] if wish.hidden_size else _widths(target):
+    for width in [wish.hidden_size] if wish.hidden_size else _widths(target, wish.num_heads or 1):
         one, two = (measure(build_model(wish, seq_len, target, width, layers)) for layers in (1, 2))
         each = two.active_params - one.active_params
         exact = 1 + (target - law_parameters(one, embeddings)) / each
@@ -96,13 +96,14 @@ def _shapes(wish: ModelRequest, seq_len: int, target: float, embeddings: bool) -
                 yield Shape(model, one.num_params + more * total, one.active_params + more * active)
 
 
-def _widths(target: float) -> Iterator[int]:
+def _widths(target: float, heads: int) -> Iterator[int]:
     """Yield widths in whole heads: the wider, the coarser, so that tensor parallelism can split them."""
     steps = (
         ((512, 4096, 512), (4096, 65537, 1024)) if target >= SMALL else ((16, 64, 16), (64, 512, 64), (512, 4096, 128))
     )
     for low, high, step in steps:
-        yield from (width for width in range(low, high, step) if 2 * width**2 < 8 * target)
+        unit = math.lcm(step, heads)
+        yield from (width for width in range(unit, high, unit) if width >= low and 2 * width**2 < 8 * target)
 
 
 def _layer_step(target: float) -> int:

@@ -48,8 +48,7 @@ def choose_size(law: Law, flops: float, unique_tokens: float | None, serving_tok
     best = law.optimal(flops)
     if unique_tokens is not None and best.tokens > unique_tokens and isinstance(law, ParametricLaw):
         return _repeated(law, flops, unique_tokens)
-    epochs = max(1.0, best.tokens / unique_tokens) if unique_tokens else 1.0
-    return _described(law, best, epochs)
+    return _repeat(law, _described(law, best), unique_tokens)
 
 
 def size_of_model(law: Law, num_params: float, flops: float, unique_tokens: float | None) -> Size:
@@ -81,14 +80,14 @@ def spread_of(compared: Sequence[tuple[Law, Optimum]]) -> tuple[Interval, Interv
     return (min(params), max(params)), (min(tokens), max(tokens))
 
 
-def _described(law: Law, best: Optimum, epochs: float) -> Size:
+def _described(law: Law, best: Optimum) -> Size:
     ratio = best.tokens / best.num_params
     why = f"{law.name} has the least loss of {best.flops:.3g} FLOPs at {ratio:.3g} tokens a parameter"
     interval = law.loss_interval(best.num_params, best.tokens) if isinstance(law, ParametricLaw) else None
     return Size(
         best.num_params,
         best.tokens,
-        epochs,
+        1.0,
         best.loss,
         why,
         best.num_params_interval,
@@ -128,9 +127,9 @@ def _served(law: ParametricLaw, flops: float, serving_tokens: float) -> Size:
 
 def _repeat(law: Law, size: Size, unique_tokens: float | None, say: bool = True) -> Size:
     """Return the size when only so many tokens exist."""
-    if unique_tokens is None or size.tokens <= unique_tokens or not isinstance(law, ParametricLaw):
+    if unique_tokens is None or size.tokens <= unique_tokens:
         return size
     epochs = size.tokens / unique_tokens
-    loss = repeated_loss(law, size.num_params, size.tokens, unique_tokens)
+    loss = repeated_loss(law, size.num_params, size.tokens, unique_tokens) if isinstance(law, ParametricLaw) else None
     why = f"{size.why}; there are {unique_tokens:.3g} tokens, so each is seen {epochs:.2g} times" if say else size.why
     return replace(size, epochs=epochs, loss=loss, loss_interval=None, why=why)

@@ -141,6 +141,10 @@ def test_experts_count_by_what_a_token_meets(plan: Plan) -> None:
         (["budget.flops=1e20", "cluster=h200-sx"], "cluster=h200-sx is not one of the"),
         (["budget.flops=1e20", "law=chinchila"], "is neither a published law nor a law file"),
         (["budget.flops=10"], "is too little to train anything"),
+        (["budget.usd=0.00001", "cluster=h100-sxm"], "budget.usd=1e-05 is too little to train anything"),
+        (["budget.flops=1e20", "cluster=h100-sxm", "cluster.memory_gib=2"], "holds no layout of"),
+        (["budget.flops=1e20", *CLUSTER, "cluster.mtbf_device_hours=0.01"], "lets 8 devices fail every"),
+        (["budget.flops=1e20", *CLUSTER, "model.num_heads=13", "model.hidden_size=1792"], "model.num_heads=13"),
         (["budget.flop=1e20"], "did you mean budget.flops?"),
         (["budget.flops=1e27", *CLUSTER], "cluster.nodes=1 would take"),
         (
@@ -161,9 +165,44 @@ def test_more_nodes_than_said_hold_the_model(refused: Callable[..., str], plan: 
     assert plan("budget.flops=1e22", "model=llama3-70b", "cluster=a100-80gb", f"cluster.nodes={nodes}")["layouts"]
 
 
-@pytest.mark.parametrize(("sequences", "rounded"), [(1, 1), (2.4, 2), (5.5, 6), (100, 96), (400, 384), (700, 768)])
-def test_batches_are_round(sequences: float, rounded: int) -> None:
-    assert round_batch(sequences) == rounded
+@pytest.mark.parametrize(
+    ("sequences", "devices", "rounded"),
+    [(1, 8, 1), (2.4, 8, 2), (5.5, 8, 6), (100, 64, 96), (400, 64, 384), (700, 24, 768), (200, 56, 224), (3, 56, 3)],
+)
+def test_batches_are_round(sequences: float, devices: int, rounded: int) -> None:
+    assert round_batch(sequences, devices) == rounded
+
+
+def test_an_odd_number_of_nodes_is_used_as_well(plan: Plan) -> None:
+    seven, eight = (plan("budget.flops=1e20", "cluster=h100-sxm", f"cluster.nodes={nodes}") for nodes in (7, 8))
+    assert seven["mfu"] > 0.85 * eight["mfu"]
+
+
+def test_what_is_said_to_be_near_is_possible(refused: Callable[..., str], plan: Plan) -> None:
+    """Values that a refusal names make a plan, or one that is refused for another reason no more."""
+    said = refused("budget.flops=1e25", "cluster=h100-sxm", "cluster.nodes=2")
+    nodes, flops = (part.split()[0] for part in said.split("; use ")[1:])
+    assert plan("budget.flops=1e25", "cluster=h100-sxm", f"cluster.nodes={nodes}")["days"] < 3653
+    assert float(flops) < 1e25
+
+
+def test_a_batch_of_a_million_is_weighed_at_once(plan: Plan) -> None:
+    assert plan("budget.flops=1e20", *CLUSTER, "data.global_batch=1000000", "data.seq_len=512")["steps"] >= 1
+
+
+def test_what_lies_outside_of_the_law_is_said(plan: Plan) -> None:
+    small, usual = plan("budget.flops=1e15", *CLUSTER), plan("budget.flops=1e20", *CLUSTER)
+    assert (small["law"]["extrapolates"], usual["law"]["extrapolates"]) == (True, False)
+    assert "outside of the" in small["reasons"][0]["because"]
+    assert small["optimizer"]["lr"] == 0.01
+
+
+def test_laws_without_a_loss_count_repeats(plan: Plan, refused: Callable[..., str]) -> None:
+    found = plan("budget.flops=1e20", *CLUSTER, "law=llama-3", "data.tokens=1e9")
+    assert found["epochs"] == pytest.approx(found["tokens"] / 1e9, rel=0.02)
+    assert "law=llama-3 says nothing of the loss" in refused(
+        "budget.flops=1e20", *CLUSTER, "law=llama-3", "serving.tokens=1e12"
+    )
 
 
 def test_rules_of_this_machine_exist() -> None:

@@ -146,3 +146,15 @@ def test_published_steps_may_leave_a_pipeline_unfilled() -> None:
 
 def test_former_names_of_clusters() -> None:
     assert read_row(GPT | {"cluster": "h200-sxm"})[0].cluster.name == "h200"
+
+
+@pytest.mark.parametrize(
+    "odd", [{"model.family": ["x"]}, {"data": 5}, {"parallel": 5}, {"cluster": 7}, {"model": None}]
+)
+def test_an_odd_row_does_not_stop_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], odd: dict[str, object]
+) -> None:
+    lines = [json.dumps({"overrides": each}) for each in (GPT, GPT | odd, GPT)]
+    found = answers(tmp_path, capsys, lines)
+    assert [*found[1]] == ["error"]
+    assert found[0] == found[2]
