@@ -17,7 +17,14 @@ from dist_llm.planner.draft import devices_of, draft_config, warmup_steps
 from dist_llm.planner.laws import Law, Optimum, ParametricLaw
 from dist_llm.planner.published_laws import DEFAULT_LAW
 from dist_llm.planner.ranking import Ranked, Ranking, rank_layouts
-from dist_llm.planner.refusals import refuse_batch, refuse_budget, refuse_failures, refuse_memory, refuse_years
+from dist_llm.planner.refusals import (
+    MOST_DAYS,
+    refuse_batch,
+    refuse_budget,
+    refuse_failures,
+    refuse_memory,
+    refuse_years,
+)
 from dist_llm.planner.shapes import FEWEST_PARAMS, Shape, law_parameters, measure, search_shapes
 from dist_llm.planner.sizing import Size, choose_size, compared_laws, size_of_model, with_params
 from dist_llm.planner.spending import Spending, spend
@@ -27,8 +34,6 @@ CLOSE = 0.01
 
 MOST_ROUNDS = 8
 USUAL_MFU = 0.35
-MOST_DAYS = 3653.0
-"""A plan that takes longer than ten years is none."""
 LEAST_GOODPUT = 0.5
 """Below it failures, not work, are what takes the time."""
 
@@ -84,7 +89,7 @@ def make_plan(request: PlanRequest, law: Law) -> Plan:
     if plan.spending.days > MOST_DAYS:
         if plan.spending.reliability.goodput < LEAST_GOODPUT:
             raise refuse_failures(request, plan.spending)
-        raise refuse_years(request, plan.spending.days, MOST_DAYS, plan.flops)
+        raise refuse_years(request, plan.spending.days, plan.flops, lambda less: _draft_of(request, law, less))
     return plan
 
 
@@ -112,7 +117,7 @@ def _plan_flops(request: PlanRequest, law: Law, flops: float) -> Plan:
     nodes, devices = _machines(request)
     days = flops / (USUAL_MFU * devices * peak_flops_per_second(request)) / 86400
     if days > 2 * MOST_DAYS:
-        raise refuse_years(request, days, MOST_DAYS, flops)
+        raise refuse_years(request, days, flops, lambda less: _draft_of(request, law, less))
     size, shapes = _model(request, law, flops)
     shape = shapes[0]
     batch, draft = _draft(request, size, shape)

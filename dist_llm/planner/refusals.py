@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 
 from dist_llm.config.checks import OF_THIS_MACHINE, RULES, check
 from dist_llm.config.request import PlanRequest
@@ -13,6 +14,11 @@ from dist_llm.planner.shapes import Shape
 from dist_llm.planner.spending import Spending
 
 MOST_NODES = 2**14
+MOST_DAYS = 3653.0
+"""A plan that takes longer than ten years is none."""
+
+DraftOf = Callable[[float], RunConfig]
+"""The run, not yet split, of so many training FLOPs."""
 
 
 def refuse_budget(given: Mapping[str, float]) -> ConfigError:
@@ -26,14 +32,13 @@ def refuse_budget(given: Mapping[str, float]) -> ConfigError:
     )
 
 
-def refuse_years(request: PlanRequest, days: float, most_days: float, flops: float) -> ConfigError:
-    """Return the error of a plan that takes too long on the nodes there are."""
-    nodes = request.cluster.nodes or 1
-    times = days / most_days
-    rule = f"would take about {days:,.0f} days, and {most_days / 365.25:.0f} years are the most that is planned"
-    more = next((n for n in _doubled(nodes) if n >= 1.2 * nodes * times), None)
-    violations = [Violation("cluster.nodes", nodes, rule, () if more is None else (more,))]
-    return ConfigError([*violations, *_less(request, float(f"{0.7 * flops / times:.2g}"))])
+def refuse_years(request: PlanRequest, days: float, flops: float, draft_of: DraftOf) -> ConfigError:
+    """Return the error of a plan that takes too long on the nodes there are, with nodes and a budget that do not."""
+    nodes, times = request.cluster.nodes or 1, days / MOST_DAYS
+    rule = f"would take about {days:,.0f} days, and {MOST_DAYS / 365.25:.0f} years are the most that is planned"
+    enough = (n for n in _doubled(nodes) if n >= 1.2 * nodes * times)
+    violations = [Violation("cluster.nodes", nodes, rule, _holding(draft_of(flops), enough))]
+    return ConfigError([*violations, *_smaller(request, 0.7 * flops / times, draft_of)])
 
 
 def refuse_failures(request: PlanRequest, spending: Spending) -> ConfigError:
@@ -64,13 +69,8 @@ def refuse_batch(request: PlanRequest, draft: RunConfig, devices: int) -> Config
     )
 
 
-def refuse_memory(
-    request: PlanRequest, shape: Shape, ranking: Ranking, draft_of: Callable[[float], RunConfig]
-) -> ConfigError:
-    """Return the error of a model that fits nowhere, with the nodes that hold it and the budget that these hold.
-
-    draft_of: the run, not yet split, of so many training FLOPs.
-    """
+def refuse_memory(request: PlanRequest, shape: Shape, ranking: Ranking, draft_of: DraftOf) -> ConfigError:
+    """Return the error of a model that fits nowhere, with nodes that hold it and a budget whose model fits here."""
     least = ranking.too_large
     assert least is not None
     limit, nodes = FULL * request.cluster.memory_gib, request.cluster.nodes or 1
@@ -78,18 +78,31 @@ def refuse_memory(
         f"holds no layout of {shape.num_params:.3g} parameters: the smallest of {ranking.proposed} ({least.name}) "
         f"needs {least.peak_gib:.1f} of {limit:.1f} GiB a device, most of it {least.memory.largest}"
     )
-    each = least.config.launcher.nproc
-    more = next((n for n in _doubled(nodes) if holds(least.config, n * each)), None)
-    violations = [Violation("cluster.nodes", nodes, rule, () if more is None else (more,))]
+    violations = [Violation("cluster.nodes", nodes, rule, _holding(least.config, _doubled(nodes)))]
     flops = request.budget.flops
-    if flops is not None and request.preset is None:
-        halves = (float(f"{flops / 2**times:.2g}") for times in range(1, 40))
-        try:
-            less = next((half for half in halves if holds(draft_of(half), nodes * each)), None)
-        except ConfigError:  # so small a budget has no model
-            less = None
-        violations += _less(request, less) if less is not None else []
-    return ConfigError(violations)
+    return ConfigError([*violations, *(_smaller(request, flops / 2, draft_of) if flops else ())])
+
+
+def _holding(draft: RunConfig, nodes: Iterable[int]) -> tuple[int, ...]:
+    """Return the first of these numbers of nodes that holds a run, if any does."""
+    each = draft.launcher.nproc
+    return tuple(islice((n for n in nodes if holds(draft, n * each)), 1))
+
+
+def _smaller(request: PlanRequest, most: float, draft_of: DraftOf) -> list[Violation]:
+    """Return the largest budget that the nodes hold a model of, halved from `most` on; nothing for a given model."""
+    if request.budget.flops is None or request.preset is not None:
+        return []
+    try:
+        for times in range(40):
+            flops = float(f"{most / 2**times:.2g}")
+            draft = draft_of(flops)
+            if holds(draft, draft.launcher.nproc * draft.launcher.nodes):
+                rule = "or take a smaller budget, and so a smaller model"
+                return [Violation("budget.flops", request.budget.flops, rule, (flops,))]
+    except ConfigError:
+        pass  # so small a budget has no model
+    return []
 
 
 def _doubled(nodes: int) -> Iterator[int]:
@@ -99,10 +112,3 @@ def _doubled(nodes: int) -> Iterator[int]:
         if more > nodes:
             yield more
         more *= 2
-
-
-def _less(request: PlanRequest, flops: float) -> list[Violation]:
-    if request.budget.flops is None:
-        return []
-    rule = "or take a smaller budget, and so a smaller model"
-    return [Violation("budget.flops", request.budget.flops, rule, (flops,))]
