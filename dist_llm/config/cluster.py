@@ -66,7 +66,7 @@ class ClusterConfig(Section):
     """Least time of a message between nodes, in microseconds."""
     storage_gb_per_second: float = Field(2.0, ge=1e-6)
     """Rate at which one node writes checkpoints, in GB/s."""
-    usd_per_device_hour: float = Field(2.0, ge=0, le=1e6)
+    usd_per_device_hour: float = Field(2.0, ge=0, le=2**20)
     """Price of one device for an hour, its share of the node included, in US dollars."""
     watts_per_device: float = Field(700.0, gt=0)
     """Power of one device under load, its share of node and cooling included, in watts."""
