@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,18 +70,7 @@ def compose(overrides: Sequence[str], config_file: Path | None = None) -> dict[s
 def compose_partly(overrides: Sequence[str], config_file: Path | None = None) -> Composed:
     """Return as much of the tree as the overrides make, with a violation for each that cannot be used."""
     composed = Composed({})
-    presets = list_presets()
-    choices: dict[str, str] = {}
-    values: list[tuple[str, str]] = []
-    for text in overrides:
-        split = _split(text, composed)
-        if split is None:
-            continue
-        key, raw = split
-        if key in presets:
-            _choose(key, raw, presets[key], choices, composed)
-        else:
-            values.append((key, raw))
+    choices, values = _sort(overrides, list_presets(), composed)
     if config_file is None:
         composed.tree = _compose_presets(choices)
     else:
@@ -100,14 +89,7 @@ def compose_request(overrides: Sequence[str]) -> Composed:
     """
     composed = Composed({})
     presets = list_presets()
-    choices: dict[str, str] = {}
-    values: list[tuple[str, str]] = []
-    for text in overrides:
-        split = _split(text, composed)
-        if split is not None and split[0] in ("cluster", "model"):
-            _choose(*split, presets[split[0]], choices, composed)
-        elif split is not None:
-            values.append(split)
+    choices, values = _sort(overrides, {group: presets[group] for group in ("cluster", "model")}, composed)
     sections = _compose_presets(choices)
     composed.tree = {"cluster": sections["cluster"]}
     if "model" in choices:
@@ -156,6 +138,21 @@ def list_presets() -> dict[str, tuple[str, ...]]:
     """Return the names of the presets of every group."""
     groups = sorted(entry for entry in preset_folder().iterdir() if entry.is_dir())
     return {group.name: tuple(sorted(file.stem for file in group.glob("*.yaml"))) for group in groups}
+
+
+def _sort(
+    overrides: Sequence[str], presets: Mapping[str, tuple[str, ...]], composed: Composed
+) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """Return the presets that overrides choose by group, and the keys and raw values of all others, in order."""
+    choices: dict[str, str] = {}
+    values: list[tuple[str, str]] = []
+    for text in overrides:
+        split = _split(text, composed)
+        if split is not None and split[0] in presets:
+            _choose(*split, presets[split[0]], choices, composed)
+        elif split is not None:
+            values.append(split)
+    return choices, values
 
 
 def _split(text: str, composed: Composed) -> tuple[str, str] | None:

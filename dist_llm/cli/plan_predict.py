@@ -65,7 +65,7 @@ def answer_config(config: RunConfig, ranks: int) -> dict[str, object]:
         "mfu": step.mfu,
         "bound_by": step.bound_by,
         "ranks": ranks,
-        "nodes": -(-ranks // node_devices(config)),
+        "nodes": -(-ranks // node_devices(config.cluster)),
         "memory_gib": predicted_memory(config, ranks),
     }
 

@@ -15,11 +15,9 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from dist_llm.config.checks import OF_THIS_MACHINE, RULES
+from dist_llm.config.checks import OF_THIS_MACHINE, RULES, violations_of
 from dist_llm.config.decode import decode_partly
 from dist_llm.config.engine_rules import ENGINE_RULES
-from dist_llm.config.legal import legal_values
-from dist_llm.config.rule import value_at
 from dist_llm.config.run import RunConfig
 from dist_llm.config.wording import shown
 from dist_llm.errors import ConfigError, Violation
@@ -66,17 +64,7 @@ def read_row(overrides: Mapping[str, object]) -> tuple[RunConfig, int]:
 def check_plan(config: RunConfig, ranks: int) -> list[Violation]:
     """Return every rule that a run of the config breaks on `ranks` ranks, wherever and whenever it is run."""
     unasked = {*_UNASKED, *(_UNFILLED[:1] if config.parallel.schedule in _UNFILLED[1] else ())}
-    rules = [rule for rule in RULES if rule.name not in unasked]
-    return [
-        Violation(
-            slip.key,
-            shown(value_at(config, ranks, slip.key)),
-            slip.words,
-            legal_values(slip, rule, rules, config, ranks),
-        )
-        for rule in rules
-        for slip in rule(config, ranks)
-    ]
+    return violations_of([rule for rule in RULES if rule.name not in unasked], config, ranks)
 
 
 def ranks_of(config: RunConfig, settings: Mapping[str, object]) -> int:

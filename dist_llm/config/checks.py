@@ -225,7 +225,11 @@ def check(config: RunConfig, world_size: int | None, unusable: frozenset[str] = 
 
     Rules that read an `unusable` key (see `decode_partly`) are skipped.
     """
-    rules = [rule for rule in RULES if not rule.touches(unusable)]
+    return violations_of([rule for rule in RULES if not rule.touches(unusable)], config, world_size)
+
+
+def violations_of(rules: Sequence[Rule], config: RunConfig, world_size: int | None) -> list[Violation]:
+    """Return how the config breaks these rules, with the nearest values that break none of them."""
     broken = [(rule, slip) for rule in rules for slip in rule(config, world_size)]
     return [
         Violation(

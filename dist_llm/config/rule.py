@@ -7,7 +7,7 @@ nothing. Invariant: a rule reads no key but those it names, so it can be skipped
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,13 @@ def with_value(config: RunConfig, world_size: int | None, key: str, value: objec
         assert value is None or isinstance(value, int)
         return config, value
     return _replaced(config, key.split("."), value), world_size
+
+
+def with_values(config: RunConfig, values: Mapping[str, object]) -> RunConfig:
+    """Return the config with the settings at some dotted keys replaced."""
+    for key, value in values.items():
+        config = _replaced(config, key.split("."), value)
+    return config
 
 
 def _replaced(node: Any, path: list[str], value: object) -> Any:

@@ -5,25 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from dist_llm.accounting.params import num_parameters
-from dist_llm.config.cluster import ClusterConfig
 from dist_llm.config.decode import decode
 from dist_llm.config.inputs import DataConfig
 from dist_llm.config.model import ModelConfig
 from dist_llm.config.request import PlanRequest
 from dist_llm.config.run import RunConfig
 from dist_llm.planner.batch_laws import Recommendation
-from dist_llm.runtime.cores import usable_cores
 
 WARMUP_SHARE, MOST_WARMUP = 0.01, 2000
 """Warm-up is a hundredth of the steps, at most 2000 (Touvron et al. 2023), at least ten but no more than a tenth."""
 HIGHEST_RATE = 0.01
 """Power laws of the learning rate were fitted to models of tens of millions of parameters and more; below, they rise
 beyond what trains."""
-
-
-def devices_of(cluster: ClusterConfig) -> int:
-    """Return the devices of a node; of a CPU box without a number, this machine's usable cores."""
-    return cluster.devices_per_node or usable_cores()
 
 
 def warmup_steps(steps: int) -> int:

@@ -7,12 +7,12 @@ more ranks                                                        where none of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations, product
 
 from dist_llm.config.checks import check
-from dist_llm.config.rule import value_at
+from dist_llm.config.rule import value_at, with_values
 from dist_llm.config.rules import divisors
 from dist_llm.config.run import RunConfig
 from dist_llm.errors import ConfigError, Violation
@@ -134,7 +134,7 @@ def _tried(config: RunConfig, ranks: int, memory_gib: float, change: Change) -> 
     keys = [key for key, _ in change]
     if len(set(keys)) < len(keys):
         return None
-    changed = with_changes(config, dict(change))
+    changed = with_values(config, dict(change))
     try:
         found = predict_memory(changed, ranks)
     except (ConfigError, ValueError, ZeroDivisionError):
@@ -148,13 +148,3 @@ def _new(config: RunConfig, changed: RunConfig, ranks: int) -> Iterator[Violatio
     """Yield the rules that only the changed config breaks."""
     before = {(violation.key, violation.rule) for violation in check(config, ranks)}
     yield from (each for each in check(changed, ranks) if (each.key, each.rule) not in before)
-
-
-def with_changes(config: RunConfig, change: Mapping[str, object]) -> RunConfig:
-    """Return the config with some dotted keys set."""
-    sections: dict[str, dict[str, object]] = {}
-    for key, value in change.items():
-        section, _, name = key.partition(".")
-        sections.setdefault(section, {})[name] = value
-    updated = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
-    return config.model_copy(update=updated)

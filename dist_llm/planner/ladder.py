@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from dist_llm.accounting.params import embedding_parameters, num_parameters
 from dist_llm.config.checks import check
 from dist_llm.config.model import ModelConfig
+from dist_llm.config.rule import with_values
 from dist_llm.config.rules import data_ranks
 from dist_llm.config.run import RunConfig
 from dist_llm.errors import ConfigError, Violation
@@ -168,17 +169,7 @@ def _plan_run(base: RunConfig, ranks: int, shape: tuple[ModelConfig, int], flops
         "schedule.warmup_steps": max(1, round(WARMUP_SHARE * steps)),
         "telemetry.eval_interval": steps if base.data.validation_fraction else 0,
     }
-    config = _override(base, overrides)
+    config = with_values(base, overrides)
     if broken := check(config, ranks):
         raise ConfigError(broken)
     return LadderRun(config, params, steps * batch * seq_len, overrides)
-
-
-def _override(base: RunConfig, overrides: dict[str, object]) -> RunConfig:
-    """Return the base with settings of its sections replaced."""
-    sections: dict[str, dict[str, object]] = {}
-    for key, value in overrides.items():
-        section, _, setting = key.partition(".")
-        sections.setdefault(section, {})[setting] = value
-    changed = {name: getattr(base, name).model_copy(update=values) for name, values in sections.items()}
-    return base.model_copy(update=changed)

@@ -13,7 +13,8 @@ from dist_llm.config.request import PlanRequest
 from dist_llm.config.run import RunConfig
 from dist_llm.errors import ConfigError, Violation
 from dist_llm.planner.batch_laws import Recommendation, recommend
-from dist_llm.planner.draft import devices_of, draft_config, warmup_steps
+from dist_llm.planner.cost.step import node_devices
+from dist_llm.planner.draft import draft_config, warmup_steps
 from dist_llm.planner.laws import Law, Optimum, ParametricLaw
 from dist_llm.planner.published_laws import DEFAULT_LAW
 from dist_llm.planner.ranking import Ranked, Ranking, rank_layouts
@@ -227,7 +228,7 @@ def _seq_len(request: PlanRequest, num_params: float) -> int:
 def _machines(request: PlanRequest) -> tuple[int, int]:
     """Return nodes and devices."""
     nodes = request.cluster.nodes or 1
-    return nodes, nodes * devices_of(request.cluster)
+    return nodes, nodes * node_devices(request.cluster)
 
 
 def round_batch(sequences: float, devices: int) -> int:

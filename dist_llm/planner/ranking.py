@@ -61,7 +61,7 @@ def rank_layouts(config: RunConfig, ranks: int) -> Ranking:
     smallest: tuple[int, RunConfig, Footprint] | None = None
     proposed, release = 0, installed_torch()
     enough: dict[tuple[int, int], int] = {}
-    for variants in propose_layouts(config, ranks, node_devices(config)):
+    for variants in propose_layouts(config, ranks, node_devices(config.cluster)):
         parallel = variants[0].parallel
         share = (parallel.tensor, parallel.context)
         if parallel.pipeline > MOST_SPARE * enough.get(share, parallel.pipeline):
@@ -88,7 +88,7 @@ def holds(config: RunConfig, ranks: int) -> bool:
     limit, release = FULL * config.cluster.memory_gib, installed_torch()
     if LEAST_BYTES * num_parameters(config.model) > ranks * limit * GIB:
         return False
-    for variants in propose_layouts(config, ranks, node_devices(config)):
+    for variants in propose_layouts(config, ranks, node_devices(config.cluster)):
         if predict_memory(variants[-1], ranks, release, by_stage=False).fits(limit):
             return True
     return False

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dist_llm.planner.laws import Interval, Law, Optimum, ParametricLaw
+from dist_llm.planner.laws import Interval, Law, Optimum, ParametricLaw, spread
 from dist_llm.planner.published_laws import COMPARED, PUBLISHED
 from dist_llm.planner.repetition import optimal_repeated, repeated_loss
 from dist_llm.planner.serving import cheapest_served
@@ -76,8 +76,7 @@ def compared_laws(law: Law, flops: float) -> list[tuple[Law, Optimum]]:
 def spread_of(compared: Sequence[tuple[Law, Optimum]]) -> tuple[Interval, Interval]:
     """Return between which parameters, and which tokens, the laws of the Chinchilla runs lie."""
     found = [best for law, best in compared if law.name in COMPARED] or [compared[0][1]]
-    params, tokens = [best.num_params for best in found], [best.tokens for best in found]
-    return (min(params), max(params)), (min(tokens), max(tokens))
+    return spread(found)
 
 
 def _described(law: Law, best: Optimum) -> Size:

@@ -17,9 +17,10 @@ from benchmarks.foresight_memory import KORTHIKANTI, bloom, golden, korthikanti,
 from dist_llm.accounting.memory import place_of, step_bytes
 from dist_llm.accounting.schedules import Pipe, stage_rank
 from dist_llm.accounting.stage_memory import StageMemory
+from dist_llm.config.rule import with_values
 from dist_llm.config.run import RunConfig
 from dist_llm.errors import ConfigError
-from dist_llm.planner.fit_memory import plan_remedies, require_fit, with_changes
+from dist_llm.planner.fit_memory import plan_remedies, require_fit
 from dist_llm.planner.footprint import GIB, predict_memory
 from dist_llm.planner.messages import write_programs
 from dist_llm.planner.pipeline_memory import most_activations
@@ -103,7 +104,7 @@ def build(engine: str = "native", **changes: object) -> RunConfig:
         cluster=CUDA,
         engine={"name": engine},
     )
-    return with_changes(config, changes)
+    return with_values(config, changes)
 
 
 def peak(engine: str, **changes: object) -> int:
@@ -190,7 +191,7 @@ def test_a_config_that_does_not_fit_is_told_what_would() -> None:
     assert raised.value.exit_code == 78
     remedies = plan_remedies(config, 32, memory)
     for remedy in remedies:
-        changed = predict_memory(with_changes(config, dict(remedy.change)), 32)
+        changed = predict_memory(with_values(config, dict(remedy.change)), 32)
         assert changed.fits(memory)
         assert changed.peak_bytes == remedy.peak_bytes
     assert remedies

@@ -15,6 +15,7 @@ from functools import lru_cache
 from dist_llm.accounting.flops import step_flops
 from dist_llm.accounting.schedules import crosses, stage_rank
 from dist_llm.accounting.stages import plan_stages
+from dist_llm.config.cluster import ClusterConfig
 from dist_llm.config.model import ModelConfig
 from dist_llm.config.rules import data_ranks, num_microbatches
 from dist_llm.config.run import RunConfig
@@ -127,16 +128,14 @@ def _plan(config: RunConfig, ranks: int) -> _Plan:
     return _Plan(config, ranks, data, microbatches, device, fabric_of(cluster, per_node), shape)
 
 
-def node_devices(config: RunConfig) -> int:
+def node_devices(cluster: ClusterConfig) -> int:
     """Return the devices of a node: as the cluster says, else this machine's usable cores."""
-    if config.cluster.devices_per_node is not None:
-        return config.cluster.devices_per_node
-    return usable_cores()
+    return cluster.devices_per_node or usable_cores()
 
 
 def _place(config: RunConfig, ranks: int) -> tuple[int, float]:
     """Return how many ranks share a node, and how many of its devices a rank computes with."""
-    devices = node_devices(config)
+    devices = node_devices(config.cluster)
     if config.cluster.device == "cuda":
         return devices, 1.0
     per_node = -(-ranks // (config.cluster.nodes or config.launcher.nodes))
@@ -266,7 +265,7 @@ def _crowded(plan: _Plan, components: dict[str, float], mean_load: float) -> flo
     if plan.config.cluster.device == "cuda":
         return seconds
     per_node, cores = _place(plan.config, plan.ranks)
-    crowd = per_node * cores / node_devices(plan.config)
+    crowd = per_node * cores / node_devices(plan.config.cluster)
     busy = plan.microbatches * mean_load + components["data_comm_exposed"] + components["optimizer"]
     components["overhead"] += max(0.0, busy * crowd - seconds)
     return max(seconds, busy * crowd)
@@ -278,4 +277,4 @@ def _peak_flops(config: RunConfig, ranks: int) -> float:
     if config.cluster.device == "cuda":
         return each * ranks
     per_node, _ = _place(config, ranks)
-    return each * node_devices(config) * -(-ranks // per_node)
+    return each * node_devices(config.cluster) * -(-ranks // per_node)
