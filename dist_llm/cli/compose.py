@@ -9,6 +9,7 @@ Values are parsed by Hydra's grammar, but only plain ones are kept: no sweep, fu
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -99,6 +100,28 @@ def compose_request(overrides: Sequence[str]) -> Composed:
         chosen = "model" in choices and key.startswith("model.")
         _assign(f"preset.{key.removeprefix('model.')}" if chosen else key, raw, parser, composed)
     return composed
+
+
+def compose_sweep(file: Path) -> list[dict[str, Any]]:
+    """Return the tree of every run of a Hydra multirun file: each combination of what `hydra.sweeper.params` sweeps.
+
+    Its defaults lists name files beside it. Raises ConfigError where Hydra cannot compose it.
+    """
+    if not file.is_file():
+        raise ConfigError([Violation("--multirun", str(file), "is no file; `dist-llm plan ladder --write` makes one")])
+    try:
+        with initialize_config_dir(config_dir=str(file.parent.resolve()), version_base="1.3"):
+            swept = hydra_compose(file.stem, return_hydra_config=True).hydra.sweeper.params or {}
+            words = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in swept.items()])
+            sweeps = [[f"{word.get_key_element()}={value}" for value in _swept_values(word)] for word in words]
+            trees = [OmegaConf.to_container(hydra_compose(file.stem, [*run])) for run in itertools.product(*sweeps)]
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError([Violation("--multirun", str(file), f"does not compose: {error}")]) from error
+    return [{str(key): value for key, value in tree.items()} for tree in trees if isinstance(tree, dict)]
+
+
+def _swept_values(word: Override) -> list[str]:
+    return [*word.sweep_string_iterator()] if word.is_sweep_override() else [word.get_value_element_as_str()]
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:

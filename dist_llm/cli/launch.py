@@ -5,10 +5,12 @@ submit the job that does.
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_llm.cli.parse import Answer, Command, add_config, add_json, compose_arguments, load_config, require_with_json
-from dist_llm.errors import LayoutError
+from dist_llm.errors import ConfigError, LayoutError
 
 if TYPE_CHECKING:
     from dist_llm.config.run import RunConfig
@@ -16,19 +18,27 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Take a config, and --dry-run."""
+    """Take a config or a sweep of configs, and --dry-run."""
     add_config(parser)
+    words = "launch every run that a Hydra multirun file sweeps over, one after the other (docs/plan.md)"
+    parser.add_argument("--multirun", type=Path, metavar="FILE", help=words)
     parser.add_argument("--dry-run", action="store_true", help="print the command and the map of ranks, start nothing")
     add_json(parser, "--dry-run")
 
 
 def main(arguments: argparse.Namespace) -> Answer:
     """Start the configured ranks and return the exit code of the rank at fault."""
+    require_with_json(arguments, "--dry-run", arguments.dry_run)
+    if arguments.multirun is not None:
+        return _multirun(arguments)
+    return _launch(_checked(arguments), _worker_words(arguments), arguments)
+
+
+def _launch(config: RunConfig, words: list[str], arguments: argparse.Namespace) -> Answer:
+    """Start the ranks of one run, whose config the words after `dist-llm train` make."""
     from dist_llm.launcher.base import plan_launch, worker_argv
 
-    require_with_json(arguments, "--dry-run", arguments.dry_run)
-    config = _checked(arguments)
-    plan = plan_launch(worker_argv(_worker_words(arguments)), config.launcher, config.parallel)
+    plan = plan_launch(worker_argv(words), config.launcher, config.parallel)
     if config.launcher.name == "slurm":
         return _slurm(plan, config, arguments.dry_run)
     if arguments.dry_run:
@@ -40,6 +50,26 @@ def main(arguments: argparse.Namespace) -> Answer:
     from dist_llm.launcher.local import launch_local
 
     return Answer(code=launch_local(plan.argv, config.launcher.nproc, debug=arguments.debug))
+
+
+def _multirun(arguments: argparse.Namespace) -> Answer:
+    """Launch every run of a sweep, one after the other; the first that fails ends it, with its exit code."""
+    from dist_llm.cli.multirun import sweep_configs, write_configs
+
+    if arguments.overrides or arguments.config_file is not None:
+        raise ConfigError("--multirun takes no overrides and no --config: the file says all")
+    jobs = sweep_configs(arguments.multirun)
+    if not arguments.dry_run:
+        write_configs(jobs)
+    debug = ["--debug"] if arguments.debug else []
+    told: list[Answer] = []
+    for config, path in jobs:
+        answer = _launch(config, [*debug, "--config", str(path)], arguments)
+        if answer.code:
+            print(f"dist-llm launch: the sweep ends with run {config.run.name}", file=sys.stderr, flush=True)
+            return Answer("\n".join(each.text for each in told if each.text), code=answer.code)
+        told.append(answer)
+    return Answer("\n\n".join(each.text for each in told if each.text), {"runs": [each.data for each in told]})
 
 
 def _slurm(plan: LaunchPlan, config: RunConfig, dry_run: bool) -> Answer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,13 +12,14 @@ from dist_llm.cli.parse import Answer, Command, add_config, add_json, compose_ar
 from dist_llm.errors import ConfigError, Violation
 
 if TYPE_CHECKING:
+    from dist_llm.config.run import RunConfig
     from dist_llm.planner.ladder import LadderRun
 
 _EPILOG = """\
 Every run is the config with another size, length, batch and learning rate. Sizes lie on either side of what the 2024
 refit (or --law) thinks best for the budget; with --isoflop there are few budgets and at least five sizes at each.
 --write DIR writes a config a run (DIR/configs/), a script (run.sh), a SLURM array (array.sbatch) and a Hydra multirun
-(sweep.yaml). Afterwards: dist-llm plan fit runs/NAME-ladder-*."""
+(sweep.yaml, for dist-llm launch --multirun). Afterwards: dist-llm plan fit runs/NAME-ladder-*."""
 
 MOST_RUNS = 1000
 
@@ -37,7 +39,6 @@ def add_ladder_arguments(parser: argparse.ArgumentParser) -> None:
 def ladder(arguments: argparse.Namespace) -> Answer:
     """Plan the runs and write their files."""
     from dist_llm.planner.ladder import plan_ladder
-    from dist_llm.planner.ladder_files import write_ladder
     from dist_llm.planner.law_file import find_law
 
     budgets = _budgets(arguments.flops)
@@ -50,14 +51,43 @@ def ladder(arguments: argparse.Namespace) -> Answer:
     data: dict[str, object] = {"runs": [_as_data(run) for run in runs], "flops": sum(run.flops for run in runs)}
     lines = [
         f"{len(runs)} runs, {sum(run.flops for run in runs):.3g} FLOPs in all",
-        f"{'run':<28}{'FLOPs':>10}{'parameters':>14}{'tokens':>14}{'steps':>8}{'batch':>7}{'lr':>10}  shape",
+        f"{'run':<28} {'FLOPs':>9} {'parameters':>15} {'tokens':>17} {'steps':>9} {'batch':>6} {'lr':>9}  shape",
         *(_row(run) for run in runs),
+        _say_data(config, max(run.tokens for run in runs)),
     ]
     if arguments.write is not None:
-        written = write_ladder(runs, arguments.write)
+        written = _write(runs, arguments.write)
         data["files"] = [str(path) for path in written]
-        lines.append(f"{len(written)} files written; start them: sh {arguments.write / 'run.sh'}")
+        place = shlex.quote(str(arguments.write))
+        lines += [
+            f"{len(written)} files written; start the runs by one of",
+            f"  sh {place}/run.sh",
+            f"  dist-llm launch --multirun {place}/sweep.yaml",
+            f"  sbatch {place}/array.sbatch",
+        ]
     return Answer("\n".join(lines), data)
+
+
+def _say_data(config: RunConfig, most: int) -> str:
+    """Return what the runs read, and which loss they will be known by."""
+    if config.data.validation_fraction:
+        loss = "each is evaluated at its end"
+    else:
+        loss = "nothing is kept for validation (data.validation_fraction), so they are known by their training loss"
+    return (
+        f"the longest run reads {most:,} tokens of {config.data.path}, again from its beginning where it ends; {loss}"
+    )
+
+
+def _write(runs: list[LadderRun], folder: Path) -> list[Path]:
+    """Write the files of a ladder and return their paths."""
+    from dist_llm.launcher.base import plan_launch, worker_argv
+    from dist_llm.launcher.slurm import render_array
+    from dist_llm.planner.ladder_files import config_paths, ladder_files, write_files
+
+    config = runs[0].config
+    plan = plan_launch(worker_argv([]), config.launcher, config.parallel)
+    return write_files(ladder_files(runs, folder, render_array(plan, config, config_paths(runs, folder))))
 
 
 def _budgets(text: str) -> tuple[float, float]:
@@ -87,8 +117,8 @@ def _row(run: LadderRun) -> str:
     config = run.config
     shape = f"{config.model.num_layers} x {config.model.hidden_size}, {config.model.num_heads} heads"
     return (
-        f"{run.name:<28}{run.flops:>10.3g}{run.num_params:>14,}{run.tokens:>14,}{config.run.steps:>8}"
-        f"{config.data.global_batch:>7}{config.optimizer.lr:>10.2g}  {shape}"
+        f"{run.name:<28} {run.flops:>9.3g} {run.num_params:>15,} {run.tokens:>17,} {config.run.steps:>9,} "
+        f"{config.data.global_batch:>6} {config.optimizer.lr:>9.2g}  {shape}"
     )
 
 

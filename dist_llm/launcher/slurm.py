@@ -1,6 +1,7 @@
 """`launcher=slurm`: a job of `sbatch` whose srun starts one task a rank; ranks read where they are from SLURM.
 
 The script is launch/slurm.sbatch filled in; --dry-run prints it. Every value that enters it is quoted or a number.
+Partition, account and time limit sbatch reads from SBATCH_PARTITION, SBATCH_ACCOUNT and SBATCH_TIMELIMIT.
 SIGTERM comes NOTICE_SECONDS before the time limit: ranks save, exit with 75, and the job is put back into the queue.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
@@ -28,15 +30,32 @@ def render_job(plan: LaunchPlan, config: RunConfig) -> str:
         raise ConfigError(
             [Violation("run.dir", folder, "must have no blanks under launcher=slurm, whose log is there")]
         )
+    return _fill(plan, config, f"#SBATCH --output={folder}.slurm-%j.log", shlex.join(plan.argv))
+
+
+def render_array(plan: LaunchPlan, config: RunConfig, files: Sequence[Path]) -> str:
+    """Return the script of a job array: each task starts a plan's ranks with one of the config files.
+
+    All runs have the ranks and devices of `config`. The tasks' logs lie where the script is submitted.
+    """
+    head = f"#SBATCH --array=0-{len(files) - 1}\n#SBATCH --output=slurm-%A-%a.log"
+    names = "\n".join(f"  {shlex.quote(str(file))}" for file in files)
+    chosen = '"${configs[$SLURM_ARRAY_TASK_ID]}"'
+    script = _fill(plan, config, head, f"{shlex.join(plan.argv)} --config {chosen}")
+    return script.replace("set -uo pipefail\n", f"set -uo pipefail\nconfigs=(\n{names}\n)\n", 1)
+
+
+def _fill(plan: LaunchPlan, config: RunConfig, head: str, command: str) -> str:
+    """Return the template with the plan's sizes; head: directives of the job's own."""
     on_cuda = config.device == "cuda" or (config.device == "auto" and config.cluster.device == "cuda")
     return Template(_template().read_text(encoding="utf-8")).substitute(
         job=config.run.name,
         nodes=plan.nodes,
         nproc=plan.nproc,
         devices=f"#SBATCH --gpus-per-node={plan.nproc}" if on_cuda else f"#SBATCH --cpus-per-task={_threads(config)}",
-        output=f"{folder}.slurm-%j.log",
+        head=head,
         notice_seconds=NOTICE_SECONDS,
-        command=shlex.join(plan.argv),
+        command=command,
     )
 
 

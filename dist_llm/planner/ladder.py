@@ -92,7 +92,10 @@ def _ladder_targets(law: Law, budgets: tuple[float, float], num_runs: int) -> It
 
 def _isoflop_targets(law: Law, budgets: tuple[float, float], num_runs: int) -> Iterator[tuple[float, float]]:
     """Yield (FLOPs, parameters): as many budgets as have FEWEST_SIZES sizes, the first ones more if some are left."""
-    count = max(1, num_runs // FEWEST_SIZES)
+    count = num_runs // FEWEST_SIZES if budgets[0] < budgets[1] else 1
+    if count < 2 and budgets[0] < budgets[1]:
+        rule = f"must be at least {2 * FEWEST_SIZES}: an IsoFLOP sweep has {FEWEST_SIZES} sizes at each of its budgets"
+        raise ConfigError([Violation("--runs", num_runs, rule, (2 * FEWEST_SIZES,))])
     for index, flops in enumerate(_budgets(*budgets, count)):
         sizes = num_runs // count + (index < num_runs % count)
         for place in range(sizes):

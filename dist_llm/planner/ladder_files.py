@@ -1,9 +1,10 @@
-"""A ladder as files: a config a run, a shell script, a SLURM array, and a Hydra multirun over a config group.
+"""A ladder as files: a config a run, a shell script, a job array of SLURM, and a Hydra multirun.
 
     DIR/configs/NAME.yaml   whole configs, for `dist-llm launch --config`
     DIR/run.sh              all runs, one after the other; a run that is done is passed over
-    DIR/array.sbatch        the same as a job array, one task a run
-    DIR/sweep.yaml          a multirun of DIR/ladder/*.yaml (what each run sets), for a Hydra application
+    DIR/array.sbatch        a job array, one task a run                        (launcher/slurm.py)
+    DIR/sweep.yaml          a multirun of DIR/base.yaml with each of DIR/ladder/*.yaml, which say what a run sets:
+                            `dist-llm launch --multirun`, or any Hydra application
 
 Every value in a script is quoted.
 """
@@ -11,6 +12,7 @@ Every value in a script is quoted.
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -21,23 +23,28 @@ from dist_llm.planner.ladder import LadderRun
 from dist_llm.telemetry.records import write_whole
 
 
-def ladder_files(runs: list[LadderRun], folder: Path) -> dict[Path, str]:
-    """Return the text of each file of a ladder by its path, configs named as they will lie in `folder`."""
-    configs = {folder / "configs" / f"{run.name}.yaml": render_document(run.config) for run in runs}
+def config_paths(runs: list[LadderRun], folder: Path) -> list[Path]:
+    """Return where the config of each run of a ladder lies."""
+    return [folder / "configs" / f"{run.name}.yaml" for run in runs]
+
+
+def ladder_files(runs: list[LadderRun], folder: Path, array: str) -> dict[Path, str]:
+    """Return the text of each file of a ladder by its path; array: the script of the job array."""
+    paths = config_paths(runs, folder)
+    configs = {path: render_document(run.config) for path, run in zip(paths, runs, strict=True)}
     groups = {folder / "ladder" / f"{run.name}.yaml": _group_entry(run) for run in runs}
-    paths = [str(path) for path in configs]
     return {
         **configs,
         **groups,
-        folder / "run.sh": _script(paths),
-        folder / "array.sbatch": _array(paths),
+        folder / "base.yaml": render_document(runs[0].config),
         folder / "sweep.yaml": _sweep(runs),
+        folder / "run.sh": _script(paths),
+        folder / "array.sbatch": array,
     }
 
 
-def write_ladder(runs: list[LadderRun], folder: Path) -> list[Path]:
-    """Write a ladder's files, each whole or not at all, and return their paths. Raises StorageError."""
-    files = ladder_files(runs, folder)
+def write_files(files: Mapping[Path, str]) -> list[Path]:
+    """Write files, each whole or not at all, and return their paths. Raises StorageError."""
     for path, text in files.items():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,20 +54,9 @@ def write_ladder(runs: list[LadderRun], folder: Path) -> list[Path]:
     return list(files)
 
 
-def _script(paths: list[str]) -> str:
-    lines = [f"dist-llm launch --config {shlex.quote(path)}" for path in paths]
+def _script(paths: list[Path]) -> str:
+    lines = [f"dist-llm launch --config {shlex.quote(str(path))}" for path in paths]
     return "\n".join(["#!/bin/sh", "set -e", *lines, ""])
-
-
-def _array(paths: list[str]) -> str:
-    quoted = "\n".join(f"  {shlex.quote(path)}" for path in paths)
-    return (
-        "#!/bin/bash\n"
-        "#SBATCH --job-name=ladder\n"
-        f"#SBATCH --array=0-{len(paths) - 1}\n"
-        f"configs=(\n{quoted}\n)\n"
-        'exec dist-llm launch --config "${configs[$SLURM_ARRAY_TASK_ID]}"\n'
-    )
 
 
 def _group_entry(run: LadderRun) -> str:
@@ -75,7 +71,7 @@ def _group_entry(run: LadderRun) -> str:
 def _sweep(runs: list[LadderRun]) -> str:
     names = [run.name for run in runs]
     tree = {
-        "defaults": [{"ladder": names[0]}, "_self_"],
+        "defaults": ["base", {"ladder": names[0]}, "_self_"],
         "hydra": {"mode": "MULTIRUN", "sweeper": {"params": {"ladder": ",".join(names)}}},
     }
     return yaml.safe_dump(tree, sort_keys=False)

@@ -8,12 +8,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import yaml
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 
 from dist_llm.accounting.params import num_parameters
 from dist_llm.cli.compose import compose
+from dist_llm.cli.launch import LAUNCH
 from dist_llm.cli.parse import Answer, Command, parse_arguments
 from dist_llm.cli.plan_fit import FIT
 from dist_llm.cli.plan_ladder import LADDER
@@ -208,27 +206,64 @@ def test_a_ladder_is_legal_and_spans_its_budgets(more: list[str]) -> None:
 def test_ladder_files_start_what_was_planned(tmp_path: Path) -> None:
     folder = tmp_path / "a ladder; touch hacked"
     answer = _call(LADDER, "--flops", "1e12:1e13", "--runs", "3", "--write", folder)
-    assert "9 files written" in answer.text
+    assert "10 files written" in answer.text
     runs = _data(answer)["runs"]
     names = [str(run["name"]) for run in runs]  # type: ignore[attr-defined]
-    for run, name in zip(runs, names, strict=True):  # type: ignore[call-overload]
-        config = decode(read_document(folder / "configs" / f"{name}.yaml"))
-        assert num_parameters(config.model) == run["num_params"]
-        with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
-            composed = hydra_compose("sweep", overrides=[f"ladder={name}"])
-        assert composed.run.name == name
-        assert composed.model.num_layers == config.model.num_layers
-    sweep = yaml.safe_load((folder / "sweep.yaml").read_text())
-    assert sweep["hydra"] == {"mode": "MULTIRUN", "sweeper": {"params": {"ladder": ",".join(names)}}}
+    paths = [str(folder / "configs" / f"{name}.yaml") for name in names]
+    for run, path in zip(runs, paths, strict=True):  # type: ignore[call-overload]
+        assert num_parameters(decode(read_document(Path(path))).model) == run["num_params"]
     stub = tmp_path / "dist-llm"
     stub.write_text('#!/bin/sh\nprintf "%s\\n" "$3"\n')
     stub.chmod(0o755)
     path = f"{tmp_path}:/usr/bin:/bin"
-    started = _run(["sh", str(folder / "run.sh")], {"PATH": path}, tmp_path)
-    assert started == [str(folder / "configs" / f"{name}.yaml") for name in names]
-    task = _run(["bash", str(folder / "array.sbatch")], {"PATH": path, "SLURM_ARRAY_TASK_ID": "1"}, tmp_path)
-    assert task == [started[1]]
+    assert _run(["sh", str(folder / "run.sh")], {"PATH": path}, tmp_path) == paths
+    (tmp_path / "slurm.sh").write_text('scontrol() { echo node1; }\nsrun() { printf "%s\\n" "${@: -1}"; }\n')
+    slurm = {"PATH": path, "BASH_ENV": "slurm.sh", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1"}
+    array = str(folder / "array.sbatch")
+    assert _run(["bash", array], {**slurm, "SLURM_ARRAY_TASK_ID": "1"}, tmp_path) == [paths[1]]
     assert not (tmp_path / "hacked").exists()
+
+
+def test_an_array_asks_for_what_its_runs_need(tmp_path: Path) -> None:
+    words = ["launcher=slurm", "device=cuda", "launcher.nproc=8", "launcher.nodes=2", "precision=bf16"]
+    _call(LADDER, "--flops", "1e15:1e16", "--runs", "3", "--write", tmp_path, *words)
+    script = (tmp_path / "array.sbatch").read_text()
+    for line in ("--array=0-2", "--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8"):
+        assert f"#SBATCH {line}\n" in script
+
+
+def test_a_sweep_is_the_ladder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"s-ladder-0{index}" for index in range(3)]
+    words = ["run.name=s", f"run.dir={tmp_path / 'runs'}", "--flops", "1e12:1e13", "--runs", "3", "--write", tmp_path]
+    _call(LADDER, *words)
+    written = {name: (tmp_path / "configs" / f"{name}.yaml").read_text() for name in names}
+    started: list[list[str]] = []
+    monkeypatch.setattr("dist_llm.launcher.local.launch_local", lambda argv, *_, **__: started.append(argv) or 0)
+    assert _call(LAUNCH, "--multirun", tmp_path / "sweep.yaml").code == ExitCode.DONE
+    assert [argv[-1] for argv in started] == [str(tmp_path / "configs" / f"{name}.yaml") for name in names]
+    assert {name: (tmp_path / "configs" / f"{name}.yaml").read_text() for name in names} == written
+    codes = iter([0, 75])
+    monkeypatch.setattr("dist_llm.launcher.local.launch_local", lambda *_, **__: next(codes))
+    assert _call(LAUNCH, "--multirun", tmp_path / "sweep.yaml").code == ExitCode.PREEMPTED
+
+
+def test_a_sweep_is_checked_before_it_starts(tmp_path: Path) -> None:
+    _call(LADDER, "--flops", "1e12:1e13", "--runs", "3", "--write", tmp_path)
+    sweep = tmp_path / "sweep.yaml"
+    params = "{optimizer.lr: '1e-3,-1', data.seq_len: '0'}"
+    sweep.write_text(f"defaults: [base, _self_]\nhydra: {{sweeper: {{params: {params}}}}}\n")
+    with pytest.raises(ConfigError) as caught:
+        _call(LAUNCH, "--multirun", sweep)
+    assert "optimizer.lr=-1" in str(caught.value)
+    assert "data.seq_len=0" in str(caught.value)
+    sweep.write_text("defaults: [base, _self_]\nhydra: {sweeper: {params: {optimizer.lr: '1e-3,2e-3'}}}\n")
+    with pytest.raises(ConfigError, match="is the name of 2 runs of the sweep"):
+        _call(LAUNCH, "--multirun", sweep)
+    sweep.write_text("defaults: [base, {ladder: nothing}, _self_]\n")
+    with pytest.raises(ConfigError, match="does not compose"):
+        _call(LAUNCH, "--multirun", sweep)
+    with pytest.raises(ConfigError, match="takes no overrides"):
+        _call(LAUNCH, "--multirun", sweep, "run.steps=1")
 
 
 def _run(words: list[str], environment: dict[str, str], folder: Path) -> list[str]:
@@ -242,6 +277,7 @@ def _run(words: list[str], environment: dict[str, str], folder: Path) -> list[st
         (["--flops", "many"], "must be two budgets in FLOPs"),
         (["--flops", "1e15:1e13"], "the lower first"),
         (["--flops", "0:1e13"], "must be two budgets"),
+        (["--flops", "1e13:1e15", "--runs", "7", "--isoflop"], "--runs=7 must be at least 10"),
         (["--flops", "1e13:1e14", "--runs", "1"], "--runs=1 must be from 2"),
         (["--flops", "1e13:1e14", "--law", "besirogluu"], "use besiroglu"),
         (["--flops", "1e3:1e4"], "leaves too few shapes"),
