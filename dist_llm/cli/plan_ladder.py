@@ -42,8 +42,8 @@ def ladder(arguments: argparse.Namespace) -> Answer:
     from dist_llm.planner.law_file import find_law
 
     budgets = _budgets(arguments.flops)
-    if not 2 <= arguments.runs <= MOST_RUNS:
-        raise ConfigError([Violation("--runs", arguments.runs, f"must be from 2 to {MOST_RUNS}")])
+    if not 1 <= arguments.runs <= MOST_RUNS:
+        raise ConfigError([Violation("--runs", arguments.runs, f"must be from 1 to {MOST_RUNS}")])
     composed = compose_arguments(arguments)
     config = load_config(composed, None)
     ranks = config.launcher.nproc * config.launcher.nodes

@@ -278,7 +278,7 @@ def _run(words: list[str], environment: dict[str, str], folder: Path) -> list[st
         (["--flops", "1e15:1e13"], "the lower first"),
         (["--flops", "0:1e13"], "must be two budgets"),
         (["--flops", "1e13:1e15", "--runs", "7", "--isoflop"], "--runs=7 must be at least 10"),
-        (["--flops", "1e13:1e14", "--runs", "1"], "--runs=1 must be from 2"),
+        (["--flops", "1e13:1e14", "--runs", "0"], "--runs=0 must be from 1"),
         (["--flops", "1e13:1e14", "--law", "besirogluu"], "use besiroglu"),
         (["--flops", "1e3:1e4"], "leaves too few shapes"),
         (["--flops", "1e12:1e13", "data.global_batch=4096", "data.microbatch=4096"], "steps of 4096 sequences"),
