@@ -237,7 +237,10 @@ def _held(numels: Numels, tied: bool, blocks: list[Blocks]) -> Held:
 
 
 def _tied(plan: _Plan, numels: Numels) -> float:
-    """Return the seconds of adding up the gradients of embeddings that are tied over the pipeline's ends."""
+    """Return the seconds of adding up the gradients of embeddings that are tied over the pipeline's ends.
+
+    Ours adds up what ZeRO leaves a rank; Megatron-LM and DeepSpeed (ReduceTiedGrads) all of it.
+    """
     config, parallel = plan.config, plan.config.parallel
     if parallel.pipeline == 1 or not config.model.tie_embeddings:
         return 0.0
@@ -246,7 +249,8 @@ def _tied(plan: _Plan, numels: Numels) -> float:
     ):
         return 0.0
     stride = parallel.tensor * parallel.context * plan.data * (parallel.pipeline - 1)
-    shards = plan.data * parallel.context // parallel.replicate if parallel.zero else 1
+    ours = config.cluster.practice == "native"
+    shards = plan.data * parallel.context // parallel.replicate if parallel.zero and ours else 1
     group = group_of(plan.fabric, 2, stride)
     return all_reduce_seconds(plan.fabric, group, numels["embed"][0] / shards * gradient_width(config))
 
