@@ -9,6 +9,8 @@ from __future__ import annotations
 import pytest
 
 from dist_llm.cli.rows import read_row
+from dist_llm.planner.cost.collectives import Group, all_reduce_seconds
+from dist_llm.planner.cost.hardware import fabric_of
 from dist_llm.planner.cost.pipeline import pipeline_seconds
 from dist_llm.planner.cost.step import predict_step
 from dist_llm.planner.footprint import predict_memory
@@ -148,3 +150,16 @@ def test_scores_are_counted_in_time_and_in_memory() -> None:
     assert held - without == 8 * (5 * 16 * 2 * 2048**2 // 2 - out)
     slow, quick = (predict_step(each, ranks).components["attention"] for each in (written, fused))
     assert slow > quick
+
+
+@pytest.mark.parametrize(("said", "shards", "width"), [({}, 1, 2), ({"cluster.practice": "native"}, 2, 4)])
+def test_tied_embeddings(said: dict[str, object], shards: int, width: int) -> None:
+    """Both ends of a pipeline add up the gradients of the table: all of it then, what ZeRO leaves a rank in ours."""
+    row = PLAIN | said | {"parallel.zero": 1, "precision": "fp16"}
+    tied, ranks = read_row(row | {"model.tie_embeddings": True})
+    untied, _ = read_row(row | {"model.tie_embeddings": False})
+    seconds = [predict_step(each, ranks).components["data_comm_exposed"] for each in (tied, untied)]
+    table = 51200 // 2 * 2048 + 2048 * 2048  # rows of a tensor rank, and positions
+    group, fabric = Group(2, 1), fabric_of(tied.cluster, 8)
+    expected = all_reduce_seconds(fabric, group, table * width / shards)
+    assert seconds[0] - seconds[1] == pytest.approx(expected, rel=0.01)
