@@ -30,7 +30,7 @@ for 0, which it is if left out, and for sequence parallelism, chunks and selecti
 There attention writes its scores to memory (engine.transformer_engine=never) unless that is given, under ZeRO 3, on
 context ranks, and for sequences above 4096 tokens, where its kernels ended. Elsewhere engine=megatron has one kernel;
 set engine.transformer_engine=never for Megatron-LM's `--transformer-impl local` or `--attention-backend unfused`.
-Time comes from products by shape, bytes moved and collectives by message, with the cluster's figures: docs/foresight.md."""
+Time is of products by shape, bytes moved and collectives by message, by the cluster's figures: docs/foresight.md."""
 
 MOST_LINE = 2**20
 """Characters of the longest line of a file of rows."""
