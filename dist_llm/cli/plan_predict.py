@@ -18,11 +18,19 @@ _EPILOG = """\
 Each line of a file of rows is {"overrides": {KEY: VALUE, ...}} with presets (cluster, model, precision, parallel, ...)
 and settings (model.num_layers, parallel.tensor, ...) as keys. It is answered with a line of JSON in the same order:
 step_seconds, seconds by component, tokens_per_second, mfu, bound_by, ranks, nodes and memory_gib; or {"error": ...}.
+In memory_gib, peak is what nvidia-smi shows on the pipeline rank that needs the most, allocated is what torch's
+max_memory_allocated says there, and ranks has both for every pipeline rank.
 A row, or a command, that gives sizes without a model preset means a model of model.family (gpt2 unless given) with
 feed-forward 4 h (llama: 8/3 h), heads of 128, 51,200 tokens and positions for data.seq_len where it says nothing else.
 On a CUDA cluster precision is bf16 unless given. Ranks are parallel.data x pipeline x context x tensor; without
 parallel.data those of the launcher if given, else of cluster.nodes, else one copy of the model.
-Time comes from products by shape, bytes moved and collectives by message, with the cluster's figures: docs/plan.md."""
+Where cluster.practice is megatron (A100) and no engine is named, a row means the software that published runs had:
+PyTorch's FSDP for parallel.zero=3; Megatron-DeepSpeed for 1 and 2, which alone had them with pipelines; Megatron-LM
+for 0, which it is if left out, and for sequence parallelism, chunks and selective recompute, which were its alone.
+There attention writes its scores to memory (engine.transformer_engine=never) unless that is given, under ZeRO 3, on
+context ranks, and for sequences above 4096 tokens, where its kernels ended. Elsewhere engine=megatron has one kernel;
+set engine.transformer_engine=never for Megatron-LM's `--transformer-impl local` or `--attention-backend unfused`.
+Time is of products by shape, bytes moved and collectives by message, by the cluster's figures: docs/foresight.md."""
 
 MOST_LINE = 2**20
 """Characters of the longest line of a file of rows."""

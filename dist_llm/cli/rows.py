@@ -6,6 +6,7 @@ What a row leaves out, where it gives sizes of a model without a preset: the opt
 given), and of the sizes feed-forward 4 h (llama: 8/3 h, up to a multiple of 256), heads of 128 (64 where that does not
 divide), 51,200 tokens, positions for data.seq_len. On a CUDA cluster precision is bf16; chunks of a pipeline
 rank are interleaved. Ranks: the product of parallel's axes, data from the launcher or the cluster's nodes if left out.
+Where cluster.practice is megatron, software of 2021 to 2023: `dist-llm plan predict --help` has the rules.
 """
 
 from __future__ import annotations
@@ -35,6 +36,13 @@ _UNASKED = OF_THIS_MACHINE | {rule.name for rule in ENGINE_RULES}
 
 _UNFILLED = ("microbatches_fill_pipeline", ("gpipe", "1f1b"))
 """A rule of torch's schedules, and those of them whose time is plain without it: published runs have broken it."""
+
+
+_LONGEST_SCORES = 4096
+"""Tokens that Megatron-LM's softmax kernels of 2021 to 2023 took at the most; longer sequences had flash attention."""
+
+_OURS = ("zero_bubble", "zbv", "dualpipev")
+"""Schedules that are younger."""
 
 
 def read_row(overrides: Mapping[str, object]) -> tuple[RunConfig, int]:
@@ -151,6 +159,29 @@ def _complete(tree: Tree, settings: Mapping[str, object], choices: Mapping[str, 
         chunks, pipeline = parallel.get("virtual_pipeline", 1), parallel.get("pipeline", 1)
         if chunks != 1 and pipeline != 1:
             _assign(tree, "parallel.schedule", "interleaved")
+    if isinstance(cluster, dict) and cluster.get("practice") == "megatron" and isinstance(parallel, dict):
+        _complete_past(tree, settings, choices)
     batch_alone = "data.global_batch" in settings and "data.microbatch" not in settings
     if batch_alone and not {"data", "experiment"} & {*choices}:
         _assign(tree, "data.microbatch", 1)
+
+
+def _complete_past(tree: Tree, settings: Mapping[str, object], choices: Mapping[str, object]) -> None:
+    """Fill in whose software a row means where the cluster's figures are of 2021 to 2023."""
+    if not {"engine", "experiment"} & {*choices} and "engine.name" not in settings:
+        if not {"parallel.zero", "parallel"} & {*settings, *choices}:
+            _assign(tree, "parallel.zero", 0)
+        _assign(tree, "engine.name", _past_engine(tree["parallel"]))
+    parallel, length = tree["parallel"], tree["data"].get("seq_len")
+    short = isinstance(length, int) and length <= _LONGEST_SCORES and parallel.get("context", 1) == 1
+    if short and parallel.get("zero") != 3 and "engine.transformer_engine" not in settings:
+        _assign(tree, "engine.transformer_engine", "never")
+
+
+def _past_engine(parallel: Mapping[str, Any]) -> str:
+    """Return the engine that is nearest to what published runs of a layout had."""
+    if parallel.get("zero") == 3 or parallel.get("schedule") in _OURS:
+        return "native"
+    alone = parallel.get("sequence") or parallel.get("virtual_pipeline", 1) != 1
+    alone = alone or parallel.get("recompute") == "selective"
+    return "deepspeed" if parallel.get("zero") in (1, 2) and not alone else "megatron"

@@ -73,9 +73,9 @@ class ClusterConfig(Section):
     mtbf_device_hours: float = Field(50000.0, ge=1e-3)
     """Mean time between failures that end a job, times its devices, in hours."""
     practice: Literal["native", "megatron"] = "native"
-    """Whose software is foretold. native: ours, with stages cut by cost and attention in one kernel. megatron:
-    Megatron-LM as of 2021-23: equally many layers a stage, gradients sent after the backward, and scores written to
-    memory where layers are recomputed (ZeRO 3 apart, whose users had one kernel); with engine=deepspeed as
-    Megatron-DeepSpeed: whole hidden states between stages, and gradients added up one by one."""
+    """Whose software is foretold. native: ours, with stages cut by cost. megatron: Megatron-LM as of 2021-23: equally
+    many layers a stage, gradients sent after the backward, and under engine.transformer_engine=never scores in memory;
+    with engine=deepspeed below ZeRO 3 Megatron-DeepSpeed: stages that wait for each other's messages, and gradients
+    added up one by one."""
     source: str
     """Where these numbers come from."""

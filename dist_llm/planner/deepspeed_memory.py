@@ -1,4 +1,4 @@
-"""What DeepSpeed's ZeRO keeps of a stage; the model and its activations are the native engine's.
+"""What DeepSpeed's ZeRO keeps of a stage; activations are the native engine's, or Megatron's in Megatron-DeepSpeed.
 
     c: bytes of the compute format, n: ranks that shard     weights    gradients            masters and moments
     ZeRO 1  bf16, sums in fp32 (BF16_Optimizer)             c          c + 4                12 / n
@@ -12,11 +12,14 @@ In fp32 the weights are their own masters. Rajbhandari et al. 2020; the Megatron
 from __future__ import annotations
 
 from dist_llm.accounting.held import stage_units
-from dist_llm.accounting.memory import FORMAT_BYTES, Place
+from dist_llm.accounting.memory import FORMAT_BYTES, Place, place_of
 from dist_llm.accounting.peaks import gathered_bytes
+from dist_llm.accounting.schedules import Pipe
 from dist_llm.accounting.stages import StagePlan
 from dist_llm.config.run import RunConfig
 from dist_llm.planner.components import Components
+from dist_llm.planner.megatron_memory import MegatronMemory
+from dist_llm.planner.stage_kind import StageKind, plan_of
 
 
 def deepspeed_state(config: RunConfig, place: Place, stage: StagePlan) -> Components:
@@ -40,3 +43,20 @@ def deepspeed_state(config: RunConfig, place: Place, stage: StagePlan) -> Compon
         optimizer=shard * (12 if c < 4 else 8) * kept,
         communication=3 * bucket,
     )
+
+
+class MegatronDeepspeedMemory(MegatronMemory):
+    """Megatron-DeepSpeed's memory under one config, on `data` data ranks: Megatron's layers, DeepSpeed's state."""
+
+    def __init__(self, config: RunConfig, pipe: Pipe, data: int) -> None:
+        super().__init__(config, pipe, data)
+        self._place = place_of(config.parallel, data, 0, 0)
+        self._states: dict[StageKind, Components] = {}
+
+    def _stage(self, kind: StageKind, flying: int) -> Components:
+        if kind not in self._states:
+            self._states[kind] = deepspeed_state(self._config, self._place, plan_of(self._config.model, kind))
+        state, layers = self._states[kind], super()._stage(kind, flying)
+        return state.having(
+            activations=layers.activations, working=layers.working, logits=layers.logits, buffers=layers.buffers
+        )

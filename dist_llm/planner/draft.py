@@ -68,7 +68,7 @@ def draft_config(
         "checkpoint": {},
         "telemetry": {},
         "launcher": {"name": launcher_of(request, nodes), "nproc": each, "nodes": nodes},
-        "cluster": {**request.cluster.model_dump(), **({"practice": "native"} if request.engine == "native" else {})},
+        "cluster": {**request.cluster.model_dump(), **({} if request.engine == "megatron" else {"practice": "native"})},
     }
     return decode(tree)
 

@@ -16,9 +16,11 @@ from dist_llm.config.rules import data_ranks, num_microbatches
 from dist_llm.config.run import RunConfig
 from dist_llm.errors import ConfigError, Violation
 from dist_llm.planner.components import Components
+from dist_llm.planner.deepspeed_memory import MegatronDeepspeedMemory
 from dist_llm.planner.device_memory import DeviceMemory, device_memory
 from dist_llm.planner.megatron_memory import MegatronMemory
 from dist_llm.planner.native_memory import IN_PLACE, NativeMemory, Release, installed_torch
+from dist_llm.planner.practice import is_megatron_deepspeed
 
 GIB = 2**30
 
@@ -116,6 +118,8 @@ def predict_memory(config: RunConfig, ranks: int, release: Release | None = None
     memory: Ranks
     if config.engine.name == "megatron":
         memory = MegatronMemory(config, pipe, data)
+    elif is_megatron_deepspeed(config):
+        memory = MegatronDeepspeedMemory(config, pipe, data)
     else:
         memory = NativeMemory(config, pipe, data, release)
     found = []

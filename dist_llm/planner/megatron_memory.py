@@ -23,6 +23,7 @@ from dist_llm.config.model import ModelConfig
 from dist_llm.config.parallel import ParallelConfig
 from dist_llm.config.run import RunConfig
 from dist_llm.planner.components import Components, total
+from dist_llm.planner.practice import keeps_scores
 from dist_llm.planner.stage_kind import Hashed, StageKind, kind_of, plan_of
 
 
@@ -76,7 +77,7 @@ def layer_bytes(config: RunConfig, with_experts: bool) -> LayerBytes:
 
 def _scores(config: RunConfig, shape: MegatronShape, drops: bool) -> int:
     """Return the bytes of softmax, its mask and what is left after dropout; none where a fused kernel attends."""
-    if config.engine.transformer_engine != "never":
+    if not keeps_scores(config):
         return 0
     each = 2 * shape.width + 1 if drops else shape.width
     return each * config.model.num_heads * shape.batch * shape.seq * shape.seq // config.parallel.tensor

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.foresight_step_time import TABLES, errors_of, foretell, regrets, table
+from benchmarks.foresight_step_time import TABLES, errors_of, foretell, plain, regrets, table
 from dist_llm.cli.compose import compose
 from dist_llm.config.cluster import ClusterConfig
 from dist_llm.config.decode import decode
@@ -14,8 +14,8 @@ from dist_llm.planner.cost.collectives import all_reduce_seconds, group_of
 from dist_llm.planner.cost.hardware import device_of, fabric_of
 from dist_llm.planner.cost.matmul import matmul_seconds
 
-BOUNDS = {"BLOOM sweep, 80-384 A100": 10.0}
-"""Where what is held is wider than what is aimed at."""
+PLAIN = {"BLOOM sweep, 80-384 A100": 9.5}
+"""Where what is held is wider than what is aimed at, without a network of 400 Gbit/s stated."""
 BEST_RULE = 5.7
 """Mean regret of the best rule of two lines on the same runs, in percent (baseline_layout_choice_regret)."""
 
@@ -29,8 +29,11 @@ def cluster(name: str) -> ClusterConfig:
 def test_steps(anchors: Path, name: str) -> None:
     read, bound = TABLES[name]
     assert bound is not None
-    found = errors_of(name, [(foretell(row), row.seconds) for row in read(anchors)], bound)
-    assert found.mape <= BOUNDS.get(name, bound), str(found)
+    rows = list(read(anchors))
+    stated = errors_of(name, [(foretell(row), row.seconds) for row in rows], bound)
+    left_out = errors_of(name, [(foretell(plain(row)), row.seconds) for row in rows], bound)
+    assert stated.mape <= bound, str(stated)
+    assert left_out.mape <= PLAIN.get(name, bound), str(left_out)
 
 
 def test_layout_choice_beats_rules(anchors: Path) -> None:

@@ -216,17 +216,20 @@ def test_a_thousand_layouts_are_judged_in_a_second() -> None:
 
 
 def test_megatron_golden_peaks(anchors: Path) -> None:
-    """Rows whose arguments say which attention ran: 8 % on average, none more than 10 % under; so their state."""
-    rows = [(peak, static) for peak, static, said in golden(anchors) if said]
-    errors = [peak.error for peak, _ in rows]
-    assert len(rows) > 150
+    """8 % on average, none more than 10 % under, and so their state; 2 % where arguments say which attention ran."""
+    rows = list(golden(anchors))
+    errors = [peak.error for peak, _, _ in rows]
+    assert len(rows) > 250
     assert statistics.mean(map(abs, errors)) < 0.08
     assert min(errors) > -0.10
-    assert statistics.mean(abs(static.error) for _, static in rows) < 0.08
+    assert statistics.mean(abs(peak.error) for peak, _, said in rows if said) < 0.02
+    static = [abs(static.error) for _, static, _ in rows if static.measured == static.measured]
+    assert statistics.mean(static) < 0.08
 
 
-def test_bloom_peaks_and_what_ran_out_of_memory(anchors: Path) -> None:
-    rows = list(bloom(anchors))
+@pytest.mark.parametrize("engine", [None, "deepspeed"])
+def test_bloom_peaks_and_what_ran_out_of_memory(anchors: Path, engine: str | None) -> None:
+    rows = list(bloom(anchors, engine))
     errors = [row.error for row, called in rows if called is None]
     assert len(errors) > 40
     assert statistics.mean(map(abs, errors)) < 0.08

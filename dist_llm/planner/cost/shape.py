@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from dist_llm.accounting.memory import FORMAT_BYTES
 from dist_llm.config.run import RunConfig
+from dist_llm.planner.practice import keeps_scores, sum_bytes
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,6 @@ class Shape:
         return self.tokens * self.hidden * self.width
 
 
-def writes_scores(config: RunConfig) -> bool:
-    """Return whether attention keeps its scores in memory, as cluster.practice has it."""
-    parallel = config.parallel
-    if config.cluster.practice == "native":
-        return False
-    return parallel.recompute != "none" and parallel.zero < 3
-
-
 def _keeps_its_end(config: RunConfig) -> bool:
     """Return whether something after a block's last sum is kept for the backward, so that recompute sums again."""
     model, parallel = config.model, config.parallel
@@ -79,22 +72,11 @@ def _keeps_its_end(config: RunConfig) -> bool:
 
 
 def sends_parts(config: RunConfig) -> bool:
-    """Return whether each tensor rank sends its part of the hidden states to the next stage."""
-    megatron = config.cluster.practice == "megatron" and config.engine.name != "deepspeed"
-    return config.parallel.sequence or megatron
+    """Return whether each tensor rank sends its part of the hidden states to the next stage.
 
-
-def _sum_bytes(config: RunConfig) -> int:
-    """Return the bytes that adding a gradient to its sum over microbatches moves: it is read, the sum read and written.
-
-    0 where the product itself adds to the sum, in the shade of its arithmetic: fused, as Megatron-LM has it.
-    Megatron-DeepSpeed adds up fp16 in fp16.
+    So do Megatron-LM (Narayanan et al. 2021, section 4.1) and DeepSpeed's pipeline (partitioned tensors).
     """
-    parallel, megatron = config.parallel, config.cluster.practice == "megatron" and config.parallel.zero < 3
-    width, master = FORMAT_BYTES[config.precision.compute], FORMAT_BYTES[config.precision.master]
-    if parallel.fused_accumulation or (megatron and config.engine.name != "deepspeed"):
-        return 0
-    return width + 2 * (width if megatron and config.precision.compute == "fp16" else master)
+    return config.parallel.sequence or config.cluster.practice == "megatron"
 
 
 def shape_of(config: RunConfig, microbatches: int) -> Shape:
@@ -114,7 +96,7 @@ def shape_of(config: RunConfig, microbatches: int) -> Shape:
         biased=model.bias,
         dropout=model.dropout > 0,
         attention_dropout=model.attention_dropout > 0,
-        written=writes_scores(config),
+        written=keeps_scores(config),
         vocab=model.vocab_size,
         experts=moe.num_experts,
         top_k=min(moe.top_k, moe.num_experts),
@@ -130,7 +112,7 @@ def shape_of(config: RunConfig, microbatches: int) -> Shape:
         again=again,
         width=FORMAT_BYTES[config.precision.compute],
         master_width=FORMAT_BYTES[config.precision.master],
-        sum_bytes=_sum_bytes(config) if microbatches > 1 else 0,
+        sum_bytes=sum_bytes(config) if microbatches > 1 else 0,
         compiled=parallel.compile,
         ends_again=config.cluster.practice != "native" or _keeps_its_end(config),
     )

@@ -3,7 +3,7 @@
     zero 0        one all-reduce of gradients           zero 1   reduce-scatter of gradients, all-gather of parameters
     zero 2        a reduce-scatter each microbatch      zero 3   and two all-gathers each microbatch
 
-Gradients go in the master format, parameters in the compute format (accounting/traffic.py). Native engine and FSDP:
+Gradients go in the master format (practice.py says when not), parameters in the compute format. Native engine and FSDP:
 what computation covers is hidden but for the first and last unit, and slows what covers it by a quarter of itself, for
 collectives run on the same units. Megatron of 2021-23 below zero 3: nothing is hidden.
 """
@@ -58,7 +58,10 @@ def part_numels(model: ModelConfig, tensor: int, expert: int) -> Numels:
 
 @dataclass(frozen=True)
 class Exchange:
-    """How a stage's parameters are spread and moved: ranks of data x context and their stride, copies, ZeRO stage."""
+    """How a stage's parameters are spread and moved: ranks of data x context and their stride, copies, ZeRO stage.
+
+    width, gradient_width: bytes of an element. scatters: whether a rank gets the sums of its shard alone.
+    """
 
     ranks: int
     stride: int
@@ -67,7 +70,8 @@ class Exchange:
     expert: int
     hides: bool
     width: int
-    master_width: int
+    gradient_width: int
+    scatters: bool
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,9 @@ def exchange_seconds(fabric: Fabric, exchange: Exchange, held: Held, cover: Cove
         near = group_of(fabric, shards, exchange.stride * shared)
         far = group_of(fabric, copies, exchange.stride * shared * shards)
         gather += gather_seconds(fabric, near, numel * exchange.width)
-        reduce += gather_seconds(fabric, near, numel * exchange.master_width)
-        once += all_reduce_seconds(fabric, far, numel / shards * exchange.master_width)
+        sums = gather_seconds if exchange.scatters else all_reduce_seconds
+        reduce += sums(fabric, near, numel * exchange.gradient_width)
+        once += all_reduce_seconds(fabric, far, numel / shards * exchange.gradient_width)
     count, last = cover.microbatches, 1 / max(1, held.units)
     ends = last * (gather + reduce + once)
     if exchange.zero == 3:

@@ -20,7 +20,7 @@ from dist_llm.config.model import ModelConfig
 from dist_llm.config.rules import data_ranks, num_microbatches
 from dist_llm.config.run import RunConfig
 from dist_llm.errors import ConfigError, Violation
-from dist_llm.planner.cost.collectives import all_reduce_seconds, group_of, send_seconds
+from dist_llm.planner.cost.collectives import all_reduce_seconds, gather_seconds, group_of, send_seconds
 from dist_llm.planner.cost.hardware import Device, Fabric, device_of, fabric_of
 from dist_llm.planner.cost.pipeline import PipelineSeconds, pipeline_seconds
 from dist_llm.planner.cost.seconds import REASONS
@@ -35,6 +35,7 @@ from dist_llm.planner.cost.sharding import (
     update_seconds,
 )
 from dist_llm.planner.cost.stage import Blocks, StageSeconds, stage_seconds
+from dist_llm.planner.practice import gradient_width, is_megatron_deepspeed
 from dist_llm.runtime.cores import usable_cores
 
 COMPONENTS = (
@@ -92,7 +93,9 @@ def predict_step(config: RunConfig, ranks: int) -> StepTime:
     blocks = _stage_blocks(config.model, parallel.num_stages, config.cluster.practice, _recomputed(config))
     stages = [stage_seconds(plan.device, plan.fabric, plan.shape, each) for each in blocks]
     works = tuple(stage.whole for stage in stages)
-    pipe = pipeline_seconds(parallel.schedule, parallel.pipeline, plan.microbatches, works, _hop(plan))
+    pipe = pipeline_seconds(
+        parallel.schedule, parallel.pipeline, plan.microbatches, works, _hop(plan), is_megatron_deepspeed(config)
+    )
     loads = [0.0] * parallel.pipeline
     for index, work in enumerate(works):
         loads[stage_rank(index, parallel.pipeline, parallel.schedule)] += work
@@ -179,8 +182,12 @@ def _hop(plan: _Plan) -> float:
     if parallel.pipeline == 1 or not crosses(0, parallel.pipeline, parallel.schedule):
         return 0.0
     stride = parallel.tensor * parallel.context * plan.data
-    payload = plan.shape.hidden_bytes / (parallel.tensor if sends_parts(plan.config) else 1)
-    return send_seconds(plan.fabric, stride * parallel.pipeline > plan.fabric.devices_per_node, payload)
+    parts = parallel.tensor if sends_parts(plan.config) else 1
+    crossing = stride * parallel.pipeline > plan.fabric.devices_per_node
+    sent = send_seconds(plan.fabric, crossing, plan.shape.hidden_bytes / parts)
+    if parts == 1 or parallel.sequence:
+        return sent
+    return sent + gather_seconds(plan.fabric, group_of(plan.fabric, parts, 1), plan.shape.hidden_bytes)
 
 
 def _sharding(plan: _Plan, stages: list[StageSeconds], blocks: tuple[Blocks, ...]) -> tuple[float, float]:
@@ -194,7 +201,8 @@ def _sharding(plan: _Plan, stages: list[StageSeconds], blocks: tuple[Blocks, ...
         expert=parallel.expert,
         hides=config.cluster.practice == "native",
         width=plan.shape.width,
-        master_width=plan.shape.master_width,
+        gradient_width=gradient_width(config),
+        scatters=not is_megatron_deepspeed(config) or config.precision.compute == "fp16",
     )
     numels = part_numels(config.model, parallel.tensor, parallel.expert)
     longest = (0.0, 0.0)
@@ -229,7 +237,10 @@ def _held(numels: Numels, tied: bool, blocks: list[Blocks]) -> Held:
 
 
 def _tied(plan: _Plan, numels: Numels) -> float:
-    """Return the seconds of adding up the gradients of embeddings that are tied over the pipeline's ends."""
+    """Return the seconds of adding up the gradients of embeddings that are tied over the pipeline's ends.
+
+    Ours adds up what ZeRO leaves a rank; Megatron-LM and DeepSpeed (ReduceTiedGrads) all of it.
+    """
     config, parallel = plan.config, plan.config.parallel
     if parallel.pipeline == 1 or not config.model.tie_embeddings:
         return 0.0
@@ -238,9 +249,10 @@ def _tied(plan: _Plan, numels: Numels) -> float:
     ):
         return 0.0
     stride = parallel.tensor * parallel.context * plan.data * (parallel.pipeline - 1)
-    shards = plan.data * parallel.context // parallel.replicate if parallel.zero else 1
+    ours = config.cluster.practice == "native"
+    shards = plan.data * parallel.context // parallel.replicate if parallel.zero and ours else 1
     group = group_of(plan.fabric, 2, stride)
-    return all_reduce_seconds(plan.fabric, group, numels["embed"][0] / shards * plan.shape.master_width)
+    return all_reduce_seconds(plan.fabric, group, numels["embed"][0] / shards * gradient_width(config))
 
 
 def _components(plan: _Plan, stages: list[StageSeconds], pipe: PipelineSeconds) -> dict[str, float]:
