@@ -12,8 +12,11 @@ Where cluster.practice is megatron, software of 2021 to 2023: `dist-llm plan pre
 from __future__ import annotations
 
 import copy
+import json
+import re
 from collections.abc import Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from dist_llm.config.checks import OF_THIS_MACHINE, RULES, violations_of
@@ -27,6 +30,9 @@ Tree = dict[str, Any]
 
 _FAMILIES = {"gpt2": "gpt2-124m", "llama": "llama2-7b"}
 """The preset whose options a family has."""
+
+_LITERAL = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?|true|false|null", re.IGNORECASE)
+"""Text that JSON's grammar has a number, switch or null for."""
 
 _SIZES = ("num_layers", "hidden_size")
 _VOCAB = 51200
@@ -45,21 +51,25 @@ _OURS = ("zero_bubble", "zbv", "dualpipev")
 """Schedules that are younger."""
 
 
-def read_row(overrides: Mapping[str, object]) -> tuple[RunConfig, int]:
-    """Return the config of a row and its number of ranks. Raises ConfigError with all that is wrong."""
+def read_row(overrides: Mapping[str, object], file: Path | None = None) -> tuple[RunConfig, int]:
+    """Return the config of a row and its number of ranks; file: a config in place of the presets, left as it is.
+
+    Raises ConfigError with all that is wrong.
+    """
     groups = _groups()
     choices = {key: value for key, value in overrides.items() if key in groups and isinstance(value, str)}
-    settings = {key.lstrip("+"): value for key, value in overrides.items() if key not in choices}
-    base = _base(tuple(sorted((group, str(name)) for group, name in choices.items())))
+    settings = {key.lstrip("+"): _plain(value) for key, value in overrides.items() if key not in choices}
+    base = _base(tuple(sorted((group, str(name)) for group, name in choices.items())), file)
     tree: Tree = {section: dict(held) if isinstance(held, dict) else held for section, held in base.items()}
     violations = [violation for key, value in settings.items() for violation in _assign(tree, key, value)]
     odd = [key for key, held in base.items() if isinstance(held, dict) and not isinstance(tree[key], dict)]
     if odd:
         violations += [Violation(key, shown(tree[key]), "is a section: set its settings, key.name") for key in odd]
         raise ConfigError(violations)
-    if "model" not in choices and "experiment" not in choices and any(f"model.{name}" in settings for name in _SIZES):
-        tree["model"] = _sized_model(tree, settings)
-    _complete(tree, settings, choices)
+    if file is None:
+        if not {"model", "experiment"} & {*choices} and any(f"model.{name}" in settings for name in _SIZES):
+            tree["model"] = _sized_model(tree, settings)
+        _complete(tree, settings, choices)
     decoded = decode_partly(tree)
     if problems := [*violations, *decoded.violations]:
         raise ConfigError(problems)
@@ -96,11 +106,18 @@ def _groups() -> frozenset[str]:
 
 
 @lru_cache(maxsize=256)
-def _base(choices: tuple[tuple[str, str], ...]) -> Tree:
-    """Return what Hydra composes of presets; not to be changed."""
+def _base(choices: tuple[tuple[str, str], ...], file: Path | None = None) -> Tree:
+    """Return what Hydra composes of presets, or a config file with them on top; not to be changed."""
     from dist_llm.cli.compose import compose
 
-    return compose([f"{group}={name}" for group, name in choices])
+    return compose([f"{group}={name}" for group, name in choices], file)
+
+
+def _plain(value: object) -> object:
+    """Return a value as a config has it, where JSON has written a whole number as 2.0 or a number or switch as text."""
+    if isinstance(value, str) and _LITERAL.fullmatch(value):
+        value = json.loads(value.lower())
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
 
 
 @lru_cache(maxsize=8)
@@ -161,9 +178,19 @@ def _complete(tree: Tree, settings: Mapping[str, object], choices: Mapping[str, 
             _assign(tree, "parallel.schedule", "interleaved")
     if isinstance(cluster, dict) and cluster.get("practice") == "megatron" and isinstance(parallel, dict):
         _complete_past(tree, settings, choices)
-    batch_alone = "data.global_batch" in settings and "data.microbatch" not in settings
-    if batch_alone and not {"data", "experiment"} & {*choices}:
-        _assign(tree, "data.microbatch", 1)
+    if not {"data", "experiment"} & {*choices}:
+        _complete_batch(tree, settings)
+
+
+def _complete_batch(tree: Tree, settings: Mapping[str, object]) -> None:
+    """Fill in the microbatch of a batch, or the batch that fills the pipeline of every data rank once."""
+    if "data.global_batch" in settings:
+        if "data.microbatch" not in settings:
+            _assign(tree, "data.microbatch", 1)
+        return
+    config = decode_partly(tree).config
+    data = ranks_of(config, settings) // config.parallel.model_ranks or 1
+    _assign(tree, "data.global_batch", data * config.data.microbatch * config.parallel.pipeline)
 
 
 def _complete_past(tree: Tree, settings: Mapping[str, object], choices: Mapping[str, object]) -> None:

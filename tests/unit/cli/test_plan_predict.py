@@ -47,7 +47,7 @@ def test_a_bad_row_is_answered_with_its_error(tmp_path: Path, capsys: pytest.Cap
         json.dumps({"overrides": GPT | {"model.num_heds": 4}}),
         json.dumps({"overrides": GPT | {"cluster": "a100"}}),
         json.dumps({"overrides": GPT | {"data.global_batch": -1}}),
-        json.dumps({"overrides": GPT | {"model.num_layers": "24"}}),
+        json.dumps({"overrides": GPT | {"model.num_layers": "many"}}),
         json.dumps(["overrides"]),
         "{",
     ]
@@ -65,6 +65,41 @@ def test_a_row_is_what_the_command_line_is(tmp_path: Path, capsys: pytest.Captur
     words = [f"{key}={value}" for key, value in GPT.items()]
     assert main(["plan", "predict", *words, "precision=fp16", "parallel.data=4", "--json"]) == ExitCode.DONE
     assert json.loads(capsys.readouterr().out) == row
+
+
+def test_numbers_are_read_as_writers_of_json_write_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = GPT | {"parallel.tensor": 2, "parallel.sequence": True, "parallel.data": None}
+    odd = GPT | {"parallel.tensor": 2.0, "parallel.sequence": "True", "parallel.data": "null", "data.seq_len": "1024"}
+    first, second = answers(tmp_path, capsys, [json.dumps({"overrides": row}) for row in (plain, odd)])
+    assert first == second
+
+
+def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["cluster=a100-80gb", "model.hidden_size=12288", "data.seq_len=2048"]
+    for layers, fits in ((1, True), (96, False)):
+        assert main(["plan", "predict", *words, f"model.num_layers={layers}", "--json"]) == ExitCode.DONE
+        found = json.loads(capsys.readouterr().out)
+        assert found["fits"] is fits
+        assert (found["memory_gib"]["peak"] <= found["memory_gib"]["capacity"]) is fits
+        assert main(["plan", "predict", *words, f"model.num_layers={layers}"]) == ExitCode.DONE
+        assert ("NOT FIT" in capsys.readouterr().out) is not fits
+
+
+def test_a_written_plan_is_foretold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(tmp_path / "plan.yaml")
+    asked = ["budget.flops=1e20", "cluster=h100-sxm", "cluster.nodes=1", "--write", file, "--json"]
+    assert main(["plan", *asked]) == ExitCode.DONE
+    plan = json.loads(capsys.readouterr().out)
+    assert main(["plan", "predict", "--config", file, "--json"]) == ExitCode.DONE
+    assert json.loads(capsys.readouterr().out)["step_seconds"] == pytest.approx(plan["step_seconds"])
+    assert main(["plan", "predict", "--config", file, "parallel.recompute=full", "--json"]) == ExitCode.DONE
+    assert json.loads(capsys.readouterr().out)["step_seconds"] > plan["step_seconds"]
+
+
+def test_without_a_batch_each_pipeline_is_filled_once(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["model=llama3-8b", "cluster=h100-sxm", "parallel.data=8", "parallel.pipeline=2", "data.seq_len=4096"]
+    assert main(["plan", "predict", *words, "data.microbatch=2", "--json"]) == ExitCode.DONE
+    assert json.loads(capsys.readouterr().out)["global_batch"] == 8 * 2 * 2
 
 
 def test_overrides_stand_before_those_of_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
