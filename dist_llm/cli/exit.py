@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import signal
 import sys
@@ -59,7 +60,7 @@ def execute(run: Callable[[argparse.Namespace], Answer], arguments: argparse.Nam
             return exit_code(error)
         return report_error(error, arguments.speaker, arguments.debug, arguments.as_json)
     text = answer.text
-    if arguments.as_json:
+    if arguments.as_json and not answer.is_json:
         text = _json(answer.data or {"ok": answer.code == ExitCode.DONE})
     return say_on_stdout(text, int(answer.code), arguments.speaker)
 
@@ -88,10 +89,16 @@ def report_error(error: Exception, speaker: str, debug: bool, as_json: bool) -> 
         facts: dict[str, object] = {"ok": False, "exit_code": int(code), "error": message}
         if isinstance(error, ConfigError):
             facts["violations"] = [
-                {"key": v.key, "value": v.value, "rule": v.rule, "legal": list(v.legal)} for v in error.violations
+                {"key": v.key, "value": _finite(v.value), "rule": v.rule, "legal": list(v.legal)}
+                for v in error.violations
             ]
         return say_on_stdout(json.dumps(facts, indent=2, default=str), int(code), speaker)
     return int(code)
+
+
+def _finite(value: object) -> object:
+    """Return a value, as text where JSON has no number for it."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _is_said_elsewhere(error: Exception) -> bool:

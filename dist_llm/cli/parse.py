@@ -18,11 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command has to say: `text` for a person or `data` under --json, and its exit code."""
+    """What a command has to say: `text` for a person or `data` under --json, and its exit code.
+
+    is_json: whether the text is JSON by lines, with --json or without.
+    """
 
     text: str = ""
     data: Mapping[str, object] | None = None
     code: int = ExitCode.DONE
+    is_json: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_llm.cli.parse import Answer, Command, add_json
-from dist_llm.errors import ConfigError, StorageError
+from dist_llm.errors import ConfigError, StorageError, Violation
 
 if TYPE_CHECKING:
     from dist_llm.planner.plan import Plan
@@ -46,7 +47,7 @@ def budget(arguments: argparse.Namespace) -> Answer:
 
     composed = compose_request(arguments.overrides)
     decoded = decode_as(PlanRequest, composed.tree)
-    if problems := [*composed.violations, *decoded.violations]:
+    if problems := [*composed.violations, *map(_as_typed, decoded.violations)]:
         raise ConfigError(problems)
     plan = make_plan(decoded.config, find_law(decoded.config.law))
     data = describe(plan, max(1, arguments.top))
@@ -56,6 +57,12 @@ def budget(arguments: argparse.Namespace) -> Answer:
     if arguments.pictures is not None:
         data["pictures"] = _draw(plan, arguments.pictures)
     return Answer(_text(data), data)
+
+
+def _as_typed(violation: Violation) -> Violation:
+    """Return a violation by the key that the user gave: of a chosen model, `model.*`."""
+    inside = violation.key.removeprefix("preset.")
+    return violation if inside == violation.key else replace(violation, key=f"model.{inside}")
 
 
 def _write(plan: Plan, path: Path) -> None:

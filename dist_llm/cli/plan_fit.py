@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dist_llm.planner.fitting import Run
     from dist_llm.planner.laws import Optimum
     from dist_llm.planner.run_table import FolderRun
-    from dist_llm.planner.trust import Fit, Prediction
+    from dist_llm.planner.trust import Fit, Prediction, Trust
 
 _EPILOG = """\
 A RUN is the folder of a run, or a CSV or JSONL table with columns params, tokens (or flops) and loss; --columns says
@@ -25,6 +25,9 @@ else the mean over the last twentieth of its steps; a run that has not reached r
 The fit is that of Hoffmann et al. 2022, appendix D.2: L(N, D) = E + A / N^alpha + B / D^beta by Huber's loss of ln L,
 L-BFGS from a grid of starts. With fewer than 100 runs both exponents are also held near 0.35 +- 0.1, where published
 ones lie, as firmly as the scatter of the runs allows; --prior none leaves it to the runs alone. Intervals hold 95 %."""
+
+MOST_ERROR = 0.03
+"""Mean error of the largest runs predicted from the rest with which a law is trusted beyond its runs."""
 
 FORESIGHT = (1.0, 10.0, 100.0)
 """Budgets at which the best size is said, over the compute of the largest run."""
@@ -62,6 +65,10 @@ def fit(arguments: argparse.Namespace) -> Answer:
     if len(runs) < FEWEST_RUNS:
         rule = f"are too few to fit five constants to: at least {FEWEST_RUNS} finished runs"
         raise ConfigError([Violation("RUN", f"{len(runs)} runs", rule)])
+    for name, what in (("num_params", "parameters"), ("tokens", "tokens")):
+        if len({getattr(run, name) for run in runs}) == 1:
+            rule = f"all have {getattr(runs[0], name):,.0f} {what}, and show nothing of how loss falls with more"
+            raise ConfigError([Violation("RUN", f"{len(runs)} runs", rule)])
     if not 0 <= arguments.seed < 2**63:
         raise ConfigError([Violation("--seed", arguments.seed, "must be from 0 to 9223372036854775807")])
     prior = {"auto": usual_prior(len(runs)), "none": None, "published": PUBLISHED_PRIOR}[arguments.prior]
@@ -85,8 +92,8 @@ def _read(arguments: argparse.Namespace) -> tuple[list[Run], list[str]]:
     tables = [path for path in arguments.runs if not path.is_dir()]
     runs = [run for path in tables for run in read_table(path, names)]
     folders = [read_folder(path) for path in arguments.runs if path.is_dir()]
-    finished = [folder for folder in folders if folder.finished]
-    notes = [f"{folder.name} is left out: it has not reached run.steps" for folder in folders if not folder.finished]
+    finished = [folder for folder in folders if folder.fault is None]
+    notes = [f"{folder.name} is left out: {folder.fault}" for folder in folders if folder.fault is not None]
     more, kind = _as_runs(finished, not arguments.non_embedding)
     return runs + more, notes + ([kind] if more else [])
 
@@ -185,7 +192,7 @@ def _say(fitted: Fit, predictions: Sequence[Prediction]) -> list[str]:
         lines += [
             f"the {count} largest runs predicted from the rest are {trust.largest_runs_error:.2%} off, "
             f"at up to {trust.largest_runs_reach:.3g} times the compute",
-            f"trust it to about {trust.flops[1] * trust.largest_runs_reach:.2g} FLOPs; beyond, nothing here tests it",
+            _say_trust(trust),
         ]
     else:
         lines.append("too few runs to fit some and predict larger ones: how far to trust it is not known")
@@ -198,6 +205,14 @@ def _say(fitted: Fit, predictions: Sequence[Prediction]) -> list[str]:
             + ("" if prediction.contained else ", outside the interval")
         )
     return lines + [_say_optimum(times, fitted.law.optimal(times * trust.flops[1])) for times in FORESIGHT]
+
+
+def _say_trust(trust: Trust) -> str:
+    """Return how far the law may be trusted: as far as it was right where it was not fitted."""
+    if trust.largest_runs_error > MOST_ERROR:
+        return f"more than {MOST_ERROR:.0%} off beyond the runs that it was fitted to: trust it no further than them"
+    reach = trust.flops[1] * trust.largest_runs_reach
+    return f"trust it to about {reach:.2g} FLOPs; beyond, nothing here tests it"
 
 
 def _intervals(fitted: Fit) -> dict[str, tuple[float, float]]:

@@ -56,7 +56,7 @@ def predict(arguments: argparse.Namespace) -> Answer:
     common = _typed(arguments.overrides)
     if arguments.rows is not None:
         answers = [_answer_line(line, common, arguments.config_file) for line in _lines(arguments.rows)]
-        return Answer("\n".join(json.dumps(answer) for answer in answers))
+        return Answer("\n".join(json.dumps(answer) for answer in answers), is_json=True)
     config, ranks = read_row(common, arguments.config_file)
     data = answer_config(config, ranks)
     return Answer(_text(data), data)
@@ -105,6 +105,8 @@ def _answer_line(line: str, common: Mapping[str, object], file: Path | None) -> 
 
 def _overrides(line: str) -> Mapping[str, object]:
     """Return the overrides in a line. Raises ConfigError where it holds none."""
+    if len(line) > MOST_LINE:
+        raise ConfigError(f"a row of more than {MOST_LINE} characters")
     try:
         row: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -116,18 +118,14 @@ def _overrides(line: str) -> Mapping[str, object]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a file that hold something."""
+    """Yield the lines of a file that hold something; what is no text in them as U+FFFD."""
     try:
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                if len(line) > MOST_LINE:
-                    raise ConfigError(
-                        [Violation("--rows", str(path), f"has a line of more than {MOST_LINE} characters")]
-                    )
-                if line.strip():
-                    yield line
-    except (OSError, UnicodeDecodeError) as error:
-        raise StorageError(f"cannot read {path}: {error}") from error
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
+            yield from (line for line in file if line.strip())
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ConfigError([Violation("--rows", str(path), "is no file")]) from error
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _typed(overrides: list[str]) -> dict[str, object]:

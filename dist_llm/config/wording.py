@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -78,8 +78,13 @@ def describe_error(key: str, detail: Mapping[str, Any], field: FieldInfo | None)
 
 
 def _choices(field: FieldInfo | None) -> tuple[object, ...]:
-    """Return the choices of a Literal."""
-    return tuple(getattr(field.annotation, "__args__", ())) if field is not None else ()
+    """Return the choices of a Literal, and of one that may be null those beside it."""
+    if field is None:
+        return ()
+    found: list[object] = []
+    for part in get_args(field.annotation):
+        found += [None] if part is type(None) else get_args(part) or [part]
+    return tuple(found)
 
 
 def _nearest_first(value: object, choices: tuple[object, ...]) -> tuple[object, ...]:

@@ -12,7 +12,11 @@ from dist_llm.planner.front import Point, pareto_front
 from dist_llm.planner.native_memory import installed_torch
 from dist_llm.planner.plan import Plan
 from dist_llm.planner.ranking import FULL, Ranked
-from dist_llm.planner.sizing import spread_of
+from dist_llm.planner.shapes import law_parameters
+from dist_llm.planner.sizing import holding, spread_of
+
+VAIN_EPOCHS = 40
+"""Repeats after which more of them are worth nothing (Muennighoff et al. 2023, figure 1)."""
 
 
 def describe(plan: Plan, top: int) -> dict[str, Any]:
@@ -31,7 +35,7 @@ def describe(plan: Plan, top: int) -> dict[str, Any]:
         },
         "model": _model(plan),
         "tokens": plan.tokens,
-        "tokens_interval": size.tokens_interval,
+        "tokens_interval": holding(size.tokens_interval, plan.tokens),
         "tokens_spread": tokens_spread,
         "num_params_spread": params_spread,
         "epochs": size.epochs,
@@ -83,6 +87,14 @@ def describe_layout(ranked: Ranked, ranks: int) -> dict[str, Any]:
 def reasons(plan: Plan) -> list[tuple[str, str]]:
     """Return each choice with why it was made."""
     found = [_why_size(plan), _why_shape(plan), _why_batch(plan), _why_layout(plan), *_why_spending(plan)]
+    budget, spent = plan.request.budget, plan.spending
+    for name, had, used in (
+        ("gpu_hours", budget.gpu_hours, spent.device_hours),
+        ("usd", budget.usd, spent.usd),
+    ):
+        if had is not None and used < 0.95 * had:
+            why = f"{1 - used / had:.0%} of it are left: the next larger model would take more than all"
+            found.append((f"budget.{name}={had:g}", why))
     if plan.config.data.path == DataConfig.model_fields["path"].default:
         why = "the plan does not know your corpus: give data.path, and tokenizer.path if there is one, before launching"
         found.append((f"data.path={plan.config.data.path}", why))
@@ -98,10 +110,12 @@ def _extrapolates(plan: Plan) -> bool:
 def _model(plan: Plan) -> dict[str, Any]:
     shape = plan.shape
     interval = plan.size.num_params_interval
+    # Laws count what a token meets, some without embeddings.
+    part = law_parameters(shape, plan.law.counts_embeddings) / shape.num_params
     return {
         "num_params": shape.num_params,
         "active_params": shape.active_params,
-        "num_params_interval": interval,
+        "num_params_interval": None if interval is None else (interval[0] / part, interval[1] / part),
         **plan.config.model.model_dump(mode="json"),
     }
 
@@ -122,11 +136,27 @@ def _why_size(plan: Plan) -> tuple[str, str]:
     loss = "" if size.loss is None else f", loss {size.loss:.4f}"
     choice = f"{plan.shape.num_params:,} parameters on {plan.tokens:,} tokens{loss}"
     others = f"; the laws of the Chinchilla runs say {params[0]:.3g} to {params[1]:.3g} and {tokens[0]:.3g} to "
-    why = f"{size.why}{others}{tokens[1]:.3g}"
+    why = f"{size.why}{_why_repeats(plan)}{others}{tokens[1]:.3g}"
+    if plan.shape.active_params != plan.shape.num_params:
+        why += (
+            f"; the law is of dense models and is asked about the {plan.shape.active_params:,} parameters that a token "
+            "meets: what the other experts add to them it does not know"
+        )
     fitted = plan.law.fitted_flops
     if fitted is not None and _extrapolates(plan):
         why += f"; this is outside of the {fitted[0]:.2g} to {fitted[1]:.2g} FLOPs of the runs behind the law"
     return choice, why
+
+
+def _why_repeats(plan: Plan) -> str:
+    """Return how often each token is seen, and what that costs, where there are too few."""
+    size, unique = plan.size, plan.request.data.tokens
+    if size.epochs <= 1 or unique is None:
+        return ""
+    fresh = plan.law.loss(size.num_params, size.tokens)
+    cost = "" if fresh is None or size.loss is None else f", at a loss {size.loss - fresh:.2g} above that of fresh ones"
+    vain = f"; after about {VAIN_EPOCHS} repeats teach next to nothing" if size.epochs > VAIN_EPOCHS else ""
+    return f"; each of the {unique:.3g} tokens is seen {size.epochs:.3g} times{cost}{vain}"
 
 
 def _why_shape(plan: Plan) -> tuple[str, str]:
@@ -137,8 +167,11 @@ def _why_shape(plan: Plan) -> tuple[str, str]:
     )
     if plan.request.preset is not None:
         return choice, "the model is given"
+    wish, names = plan.request.model, ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "ffn_hidden_size")
+    fixed = [name for name in names if getattr(wish, name) is not None]
+    given = f"with {', '.join(fixed)} as given" if fixed else "of widths that matrix units and tp split evenly"
     aspect = model.hidden_size / model.num_layers
-    return choice, f"of widths that matrix units and tp split evenly it is nearest in size, {aspect:.0f} wide a layer"
+    return choice, f"{given} it costs least by its size and its depth: {aspect:.0f} wide a layer"
 
 
 def _why_batch(plan: Plan) -> tuple[str, str]:
@@ -149,7 +182,11 @@ def _why_batch(plan: Plan) -> tuple[str, str]:
         f"{data.global_batch} sequences of {data.seq_len} tokens a step, {plan.steps:,} steps, learning rate "
         f"{plan.config.optimizer.lr:.3g} after {plan.config.schedule.warmup_steps} steps of warm-up"
     )
-    why = f"Step Law (Li et al. 2025); published laws lie between {low:.3g} and {high:.3g} tokens, "
+    if plan.request.data.global_batch is not None:
+        why = "the batch is given, the rate is of Step Law (Li et al. 2025)"
+    else:
+        why = f"Step Law (Li et al. 2025) has {batch.batch_sequences} sequences, of which this many can be dealt out"
+    why += f"; published laws lie between {low:.3g} and {high:.3g} tokens, "
     capped = f"; at most {HIGHEST_RATE:g}, for they were fitted to larger models" if rates[1] > HIGHEST_RATE else ""
     return choice, f"{why}{rates[0]:.2g} and {rates[1]:.2g}{capped}"
 
@@ -169,8 +206,8 @@ def _why_spending(plan: Plan) -> list[tuple[str, str]]:
     spending, cluster = plan.spending, plan.request.cluster
     found = spending.reliability
     cost = (
-        f"{spending.days:.3g} days, {spending.device_hours:,.0f} device-hours, {spending.usd:,.0f} USD, "
-        f"{spending.kilowatt_hours:,.0f} kWh"
+        f"{spending.days:.3g} days, {_said(spending.device_hours)} device-hours, {_said(spending.usd)} USD, "
+        f"{_said(spending.kilowatt_hours)} kWh"
     )
     price = (
         f"{cluster.usd_per_device_hour:g} USD an hour and {cluster.watts_per_device:g} W a device of {cluster.name}; "
@@ -178,7 +215,12 @@ def _why_spending(plan: Plan) -> list[tuple[str, str]]:
     )
     saves = f"a checkpoint every {plan.config.checkpoint.interval} steps"
     failures = (
-        f"a failure is expected every {found.job_mtbf_hours:,.0f} hours ({found.interruptions:.2g} in all) and a save "
-        f"takes {spending.save_seconds:.2g} s (Daly 2006)"
+        f"a failure is expected every {_said(found.job_mtbf_hours)} hours ({found.interruptions:.2g} in all) and a "
+        f"save takes {spending.save_seconds:.2g} s (Daly 2006)"
     )
     return [(cost, price), (saves, failures)]
+
+
+def _said(number: float) -> str:
+    """Return a number of three digits, or whole where it has more."""
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"

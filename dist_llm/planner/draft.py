@@ -31,7 +31,8 @@ def run_name(model: ModelConfig, tokens: int) -> str:
 
 def _short(number: float) -> str:
     unit = max((unit for unit in (1, 1e3, 1e6, 1e9, 1e12) if unit <= number), default=1)
-    return f"{number / unit:.3g}" + {1: "", 1e3: "K", 1e6: "M", 1e9: "B", 1e12: "T"}[unit]
+    digits = f"{number / unit:.3g}" if number < 1000 * unit else f"{number / unit:.0f}"
+    return digits + {1: "", 1e3: "K", 1e6: "M", 1e9: "B", 1e12: "T"}[unit]
 
 
 def draft_config(

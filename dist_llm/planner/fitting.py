@@ -102,17 +102,17 @@ class Problem:
     def value(self, q: Array) -> tuple[float, Array]:
         """Return the objective over delta and its gradient."""
         residuals, slopes = self.residuals(q)
-        penalty, gradient = self.penalty(q)
+        penalty, gradient = self.penalty(q, None)
         value = float(huber(residuals, self.delta).sum() + penalty)
         return value / self.delta, (residuals.clip(-self.delta, self.delta) @ slopes + gradient) / self.delta
 
-    def penalty(self, q: Array) -> tuple[Any, Array]:
-        """Return the prior's share of the objective [...] and its gradient [..., 5]."""
+    def penalty(self, q: Array, beliefs: Array | None) -> tuple[Any, Array]:
+        """Return the prior's share of the objective [...] and its gradient [..., 5]; beliefs: its middle [..., 2]."""
         import numpy as np
 
         away = np.zeros_like(q)
         if self.prior is not None:
-            away[..., 3:] = q[..., 3:] - self.prior.exponent
+            away[..., 3:] = q[..., 3:] - (self.prior.exponent if beliefs is None else beliefs)
         return self.pull / 2 * (away**2).sum(-1), self.pull * away
 
     def bounds(self) -> list[tuple[float | None, float | None]]:
@@ -181,14 +181,18 @@ def _minimise(problem: Problem, start: Array, precision: float) -> Array:
 
 @dataclass(frozen=True)
 class Variants:
-    """S variants of the same runs: how often each counts, and what is added to its ln L; both [S, runs]."""
+    """S variants of the same runs: how often each counts, and what is added to its ln L; both [S, runs].
+
+    beliefs: exponents [S, 2] that the prior of each holds most likely; None: those of the prior.
+    """
 
     weights: Array
     shifts: Array
+    beliefs: Array | None = None
 
     def some(self, which: Any) -> Variants:
         """Return the variants that `which` picks."""
-        return Variants(self.weights[which], self.shifts[which])
+        return Variants(self.weights[which], self.shifts[which], None if self.beliefs is None else self.beliefs[which])
 
 
 def solve_variants(problem: Problem, start: Array, variants: Variants) -> Array:
@@ -231,7 +235,7 @@ def _newton_step(problem: Problem, q: Array, variants: Variants, damping: Array)
 def _values(problem: Problem, q: Array, variants: Variants) -> Array:
     residuals, _ = problem.residuals(q)
     losses = huber(residuals - variants.shifts, problem.delta)
-    total: Array = (variants.weights * losses).sum(-1) + problem.penalty(q)[0]
+    total: Array = (variants.weights * losses).sum(-1) + problem.penalty(q, variants.beliefs)[0]
     return total
 
 
@@ -242,7 +246,7 @@ def _slopes(problem: Problem, q: Array, variants: Variants) -> tuple[Array, Arra
     residuals, slopes = problem.residuals(q)
     residuals = residuals - variants.shifts
     firm = variants.weights * np.minimum(1.0, problem.delta / np.maximum(np.abs(residuals), 1e-300))
-    gradient = np.einsum("sn,sni->si", firm * residuals, slopes) + problem.penalty(q)[1]
+    gradient = np.einsum("sn,sni->si", firm * residuals, slopes) + problem.penalty(q, variants.beliefs)[1]
     curvature = np.einsum("sn,sni,snj->sij", firm, slopes, slopes)
     curvature[:, 3, 3] += problem.pull
     curvature[:, 4, 4] += problem.pull

@@ -8,6 +8,7 @@ The native engine's figures are those of `dist-llm plan dry-run`; Megatron-Core'
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -111,6 +112,24 @@ def predict_memory(config: RunConfig, ranks: int, release: Release | None = None
     devices the one that is installed, else 2.15. Before that, pipelines hold buffers of all microbatches of a step.
     Raises ConfigError where the ranks or the batch cannot be dealt out.
     """
+    order = range(config.parallel.pipeline)
+    return Footprint(tuple(_rank_footprints(config, ranks, release, order, by_stage)))
+
+
+def fits_memory(config: RunConfig, ranks: int, limit_bytes: float, release: Release | None = None) -> bool:
+    """Return whether every rank of a config on `ranks` ranks has enough with so many bytes; one that has not says it.
+
+    The first rank holds the most microbatches and the last the logits: they are asked first.
+    """
+    last = config.parallel.pipeline - 1
+    order = sorted(range(last + 1), key=lambda index: (index not in (0, last), index))
+    return all(rank.peak_bytes <= limit_bytes for rank in _rank_footprints(config, ranks, release, order, False))
+
+
+def _rank_footprints(
+    config: RunConfig, ranks: int, release: Release | None, order: Iterable[int], by_stage: bool
+) -> Iterator[RankFootprint]:
+    """Yield what each of these pipeline ranks needs."""
     if release is None:
         release = installed_torch() if config.cluster.device == "cpu" else IN_PLACE
     pipe, data = _pipe(config, ranks)
@@ -122,11 +141,9 @@ def predict_memory(config: RunConfig, ranks: int, release: Release | None = None
         memory = MegatronDeepspeedMemory(config, pipe, data)
     else:
         memory = NativeMemory(config, pipe, data, release)
-    found = []
-    for index in range(pipe.ranks):
+    for index in order:
         stages, whole = memory.rank(index, by_stage)
-        found.append(RankFootprint(index, _on_device(whole, device), stages))
-    return Footprint(tuple(found))
+        yield RankFootprint(index, _on_device(whole, device), stages)
 
 
 def _on_device(components: Components, device: DeviceMemory) -> Components:

@@ -146,6 +146,7 @@ class ParametricLaw:
         loss = self.loss(num_params, tokens)
         if self.resamples:
             low, high = middle_95([found.best_params(flops) for found in self.resamples])
+            low, high = min(low, num_params), max(high, num_params)
         elif self.covariance is not None:
             widest = math.exp(NORMAL_95 * self._log_params_error(self.covariance, flops))
             low, high = num_params / widest, num_params * widest

@@ -8,7 +8,7 @@ or not at all: two walks say how.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from operator import attrgetter
@@ -24,36 +24,8 @@ _sizes = attrgetter(*_FIELDS)
 _ROUNDS, _MORE_ROUNDS, _GPIPE_ROUNDS = 5, 10, 40
 """Rounds, of as many microbatches as ranks, after which a schedule was in its steady state and is out again; and those
 after which what is kept of each microbatch for all a step (torch before 2.15, gpipe) has outgrown what is not."""
-
-
-class Counts:
-    """How often each field of each stage counts; adds up as bytes do."""
-
-    __slots__ = ("counts",)
-
-    def __init__(self, counts: tuple[int, ...]) -> None:
-        self.counts = counts
-
-    def __add__(self, other: Counts | int) -> Counts:
-        if isinstance(other, int):
-            return self
-        return Counts(tuple(a + b for a, b in zip(self.counts, other.counts, strict=True)))
-
-    __radd__ = __add__
-
-    def __neg__(self) -> Counts:
-        return Counts(tuple(-a for a in self.counts))
-
-    def __sub__(self, other: Counts | int) -> Counts:
-        return self if isinstance(other, int) else self + -other
-
-    def __rsub__(self, other: int) -> Counts:
-        return -self
-
-    def __mul__(self, times: int) -> Counts:
-        return Counts(tuple(a * times for a in self.counts))
-
-    __rmul__ = __mul__
+_DIGITS = 32
+"""Binary digits of a count in a moment."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +43,11 @@ def most_bytes(work: RankWork, memories: Sequence[StageMemory]) -> int:
     """Return the most bytes of activations of these stages; equal to pipeline_memory.most_activations."""
     sizes = [size for memory in memories for size in _sizes(memory)]
     pipe = work.pipe
-    if work.as_needed and pipe.schedule == "1f1b":
-        # Two rounds have all that more of them have.
-        return _most(_with(work, min(pipe.microbatches, 2 * pipe.ranks + 2)), sizes)
+    if pipe.schedule == "1f1b":
+        # A few more than are in flight have all that more of them have, but buffers of a whole step.
+        enough = min(pipe.microbatches, pipe.ranks - work.rank + 3)
+        beyond = 0 if work.as_needed else pipe.microbatches - enough
+        return _most(_with(work, enough), sizes) + beyond * sum(each.input + each.output for each in memories)
     rounds = _GPIPE_ROUNDS if pipe.schedule == "gpipe" else _ROUNDS if work.as_needed else _MORE_ROUNDS
     enough = rounds * pipe.chunks * pipe.ranks + pipe.microbatches % pipe.ranks
     if pipe.microbatches <= enough + pipe.ranks:
@@ -92,6 +66,13 @@ def _most(work: RankWork, sizes: Sequence[int]) -> int:
     return int((_moments(work) @ np.array(sizes, dtype=np.int64)).max())
 
 
+def _program(work: RankWork) -> Program:
+    """Return what the rank does, with what it is told where that matters: when receives of several stages come."""
+    if work.as_needed and work.pipe.schedule not in ("1f1b", "gpipe"):
+        return programs_of(work.pipe)[work.rank]
+    return [*work.pipe.order(work.rank)]
+
+
 @lru_cache(maxsize=256)
 def programs_of(pipe: Pipe) -> list[Program]:
     """Return what each rank does and tells."""
@@ -100,20 +81,22 @@ def programs_of(pipe: Pipe) -> list[Program]:
 
 @lru_cache(maxsize=8192)
 def _moments(work: RankWork) -> Any:
-    """Return the counts of the moments, a row each, none twice."""
+    """Return the counts of the moments, a row each, none twice.
+
+    The walk adds whole numbers in which each field of each stage has digits of its own.
+    """
     import numpy as np
 
-    width = len(_FIELDS) * len(work.stages)
-    symbols: dict[int, Any] = {}
+    width = len(_FIELDS)
+    symbols: dict[int, StageMemory] = {}
     for place, stage in enumerate(work.stages):
-        units: dict[str, Any] = {
-            name: Counts(tuple(int(at == place * len(_FIELDS) + index) for at in range(width)))
-            for index, name in enumerate(_FIELDS)
-        }
+        units = {name: 1 << _DIGITS * (place * width + index) for index, name in enumerate(_FIELDS)}
         if not work.splits:
-            units = {name: 0 if name in ("waiting", "weight_peak") else unit for name, unit in units.items()}
+            units |= {"waiting": 0, "weight_peak": 0}
         symbols[stage] = StageMemory(**units)
-    program = programs_of(work.pipe)[work.rank]
-    walk: Iterator[Any] = levels(work.pipe, program, symbols, work.as_needed)
-    found = {level.counts if isinstance(level, Counts) else (0,) * width for level in walk}
-    return np.array(sorted(found), dtype=np.int64)
+    places = width * len(symbols)
+    # Half of what a count may be is added to each, for some are below 0.
+    half = sum(1 << _DIGITS * place + _DIGITS - 1 for place in range(places))
+    found = {*levels(work.pipe, _program(work), symbols, work.as_needed)}
+    digits = b"".join((number + half).to_bytes(places * _DIGITS // 8, "little") for number in found)
+    return np.frombuffer(digits, dtype="<u4").reshape(len(found), places).astype(np.int64) - (1 << _DIGITS - 1)

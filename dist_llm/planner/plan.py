@@ -19,11 +19,18 @@ from dist_llm.planner.laws import Law, Optimum, ParametricLaw
 from dist_llm.planner.published_laws import DEFAULT_LAW
 from dist_llm.planner.ranking import Ranked, Ranking, rank_layouts
 from dist_llm.planner.refusals import (
+    FEWEST_STEPS,
     MOST_DAYS,
+    MOST_STEPS,
     refuse_batch,
+    refuse_batch_of,
     refuse_budget,
     refuse_failures,
+    refuse_hours,
+    refuse_machines,
     refuse_memory,
+    refuse_shapes,
+    refuse_steps,
     refuse_years,
 )
 from dist_llm.planner.shapes import FEWEST_PARAMS, Shape, law_parameters, measure, search_shapes
@@ -32,6 +39,9 @@ from dist_llm.planner.spending import Spending, spend
 
 CLOSE = 0.01
 """How near a budget of device-hours or money is met."""
+
+IDLE = 0.15
+"""What halving the data ranks is worth, in ln of the batch: it is made up for by tensor or pipeline ranks."""
 
 MOST_ROUNDS = 8
 USUAL_MFU = 0.35
@@ -83,19 +93,21 @@ def make_plan(request: PlanRequest, law: Law) -> Plan:
     given = {name: value for name, value in budget.model_dump().items() if value is not None}
     if len(given) != 1:
         raise refuse_budget(given)
+    if broken := [*refuse_machines(request)]:
+        raise ConfigError(broken)
     if budget.flops is not None:
         plan = _plan_flops(request, law, budget.flops)
     else:
         plan = _plan_hours(request, law)
+    if plan.spending.reliability.goodput < LEAST_GOODPUT:
+        raise refuse_failures(request, plan.spending)
     if plan.spending.days > MOST_DAYS:
-        if plan.spending.reliability.goodput < LEAST_GOODPUT:
-            raise refuse_failures(request, plan.spending)
         raise refuse_years(request, plan.spending.days, plan.flops, lambda less: _draft_of(request, law, less))
     return plan
 
 
 def _plan_hours(request: PlanRequest, law: Law) -> Plan:
-    """Return a plan whose device-hours are the budget's."""
+    """Return a plan whose device-hours are the budget's; where shapes leave a gap there, the nearest below."""
     cluster, budget = request.cluster, request.budget
     hours = budget.gpu_hours
     if hours is None:
@@ -103,14 +115,27 @@ def _plan_hours(request: PlanRequest, law: Law) -> Plan:
             rule = "needs a price: set cluster.usd_per_device_hour"
             raise ConfigError([Violation("budget.usd", budget.usd, rule)])
         hours = float(budget.usd or 0) / cluster.usd_per_device_hour
+    devices = _machines(request)[1]
+    if hours > MOST_DAYS * 24 * devices:
+        raise refuse_hours(request, hours / (24 * devices))
     flops = hours * 3600 * peak_flops_per_second(request) * 0.4
+    low, high, best, slope, before = 0.0, math.inf, None, 1.0, None
     for _ in range(MOST_ROUNDS):
         plan = _plan_flops(request, law, flops)
         apart = hours / plan.spending.device_hours
-        if abs(apart - 1) <= CLOSE or not apart:
+        if apart >= 1 - CLOSE:
+            low, best = flops, plan
+        else:
+            high = flops
+        if abs(apart - 1) <= CLOSE or not apart or high < (1 + CLOSE) * low:
             break
-        flops *= apart
-    return plan
+        if before is not None:
+            # Larger models use devices better: hours grow as a power of FLOPs.
+            slope = min(1.2, max(0.3, math.log(before[1] / apart) / math.log(flops / before[0])))
+        before = (flops, apart)
+        guess = flops * apart ** (1 / slope)
+        flops = guess if low < guess < high else math.sqrt(low * high)
+    return best or plan
 
 
 def _plan_flops(request: PlanRequest, law: Law, flops: float) -> Plan:
@@ -128,8 +153,10 @@ def _plan_flops(request: PlanRequest, law: Law, flops: float) -> Plan:
         ranking = rank_layouts(draft, devices)
     if not ranking.proposed:
         raise refuse_batch(request, draft, devices)
+    if size.tokens < FEWEST_STEPS * _sequences(draft) * draft.data.seq_len:
+        raise refuse_steps(request, draft, size.tokens)
     if not ranking.fitting:
-        raise refuse_memory(request, shape, ranking, lambda less: _draft_of(request, law, less))
+        raise refuse_memory(request, shape, ranking, flops, lambda less: _draft_of(request, law, less))
     best, steps = ranking.fitting[0], draft.run.steps
     spending = spend(request.cluster, devices, nodes, shape.num_params, steps * best.step.seconds)
     config = _with_checkpoints(best, spending)
@@ -144,6 +171,8 @@ def _draft(request: PlanRequest, size: Size, shape: Shape) -> tuple[Recommendati
     batch = recommend(law_parameters(shape, embeddings=False), size.tokens, seq_len)
     sequences = request.data.global_batch or round_batch(batch.batch_sequences, devices)
     sizes = (sequences, seq_len, _steps(size, sequences * seq_len))
+    if sizes[2] > MOST_STEPS:
+        raise refuse_batch_of(request, sequences, sizes[2])
     return batch, draft_config(request, shape.model, batch, sizes, (nodes, devices // nodes))
 
 
@@ -195,8 +224,7 @@ def _model(request: PlanRequest, law: Law, flops: float) -> tuple[Size, tuple[Sh
 
     shapes = tuple(search_shapes(request.model, seq_len, size.num_params, law.counts_embeddings, loss_ratio))
     if not shapes:
-        rule = f"leaves no shape of about {size.num_params:.3g} parameters: free hidden_size or num_layers"
-        raise ConfigError([Violation("model.hidden_size", request.model.hidden_size, rule)])
+        raise refuse_shapes(request, size.num_params)
     exact = with_params(law, size, law_parameters(shapes[0], law.counts_embeddings), unique)
     return exact, shapes
 
@@ -232,10 +260,15 @@ def _machines(request: PlanRequest) -> tuple[int, int]:
 
 
 def round_batch(sequences: float, devices: int) -> int:
-    """Return the number nearest to a batch that many layouts of so many devices divide.
+    """Return a number near to a batch that many layouts of so many devices divide.
 
-    2^k or 3 x 2^k, times the odd part of the devices where that changes the batch by less than a half.
+    2^k or 3 x 2^k, times the odd part of the devices where that changes the batch by less than a half. Published laws
+    lie further apart than these: each time that devices must be halved to divide it counts as IDLE in ln of the batch.
     """
+
+    def cost(number: int) -> float:
+        return abs(math.log(number / wanted)) + IDLE * math.log2(devices / math.gcd(devices, unit * number))
+
     odd = devices
     while odd % 2 == 0:
         odd //= 2
@@ -243,7 +276,8 @@ def round_batch(sequences: float, devices: int) -> int:
     wanted = max(1.0, sequences / unit)
     exponent = max(0, math.floor(math.log2(wanted)))
     near = [2**exponent, 3 * 2 ** (exponent - 1) if exponent else 2, 2 ** (exponent + 1)]
-    return unit * int(min(near, key=lambda number: abs(math.log(number / wanted))))
+    best: int = min(near, key=cost)
+    return unit * best
 
 
 def _with_checkpoints(best: Ranked, spending: Spending) -> RunConfig:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from dist_llm.accounting.params import num_parameters
 from dist_llm.config.run import RunConfig
 from dist_llm.planner.cost.step import StepTime, node_devices, predict_step
-from dist_llm.planner.footprint import GIB, Footprint, predict_memory
-from dist_llm.planner.native_memory import installed_torch
+from dist_llm.planner.device_memory import device_memory
+from dist_llm.planner.footprint import GIB, Footprint, fits_memory, predict_memory
+from dist_llm.planner.native_memory import Release, installed_torch
 from dist_llm.planner.proposals import propose_layouts
 
 FULL = 0.95
@@ -56,9 +57,9 @@ class Ranking:
 
 def rank_layouts(config: RunConfig, ranks: int) -> Ranking:
     """Weigh the layouts that are worth it for the config's model and batch on `ranks` ranks."""
-    limit = FULL * config.cluster.memory_gib
+    limit = FULL * config.cluster.memory_gib * GIB
     fitting: list[Ranked] = []
-    smallest: tuple[int, RunConfig, Footprint] | None = None
+    failing: list[RunConfig] = []
     proposed, release = 0, installed_torch()
     enough: dict[tuple[int, int], int] = {}
     for variants in propose_layouts(config, ranks, node_devices(config.cluster)):
@@ -68,27 +69,32 @@ def rank_layouts(config: RunConfig, ranks: int) -> Ranking:
             continue
         for each in variants:
             proposed += 1
-            memory = predict_memory(each, ranks, release, by_stage=False)
-            if memory.fits(limit):
+            if fits_memory(each, ranks, limit, release):
+                memory = predict_memory(each, ranks, release, by_stage=False)
                 fitting.append(Ranked(each, memory, predict_step(each, ranks)))
                 if each is variants[0]:
                     enough.setdefault(share, parallel.pipeline)
                 break
-            if smallest is None or memory.peak_bytes < smallest[0]:
-                smallest = (memory.peak_bytes, each, memory)
+            failing.append(each)
     fitting.sort(key=lambda ranked: (ranked.step.seconds, ranked.peak_gib))
-    too_large = None
-    if smallest is not None and not fitting:
-        too_large = Ranked(smallest[1], smallest[2], predict_step(smallest[1], ranks))
+    too_large = None if fitting or not failing else _smallest(failing, ranks, release)
     return Ranking(tuple(fitting), too_large, proposed)
 
 
 def holds(config: RunConfig, ranks: int) -> bool:
     """Return whether any layout of the config's model and batch fits on `ranks` ranks."""
-    limit, release = FULL * config.cluster.memory_gib, installed_torch()
-    if LEAST_BYTES * num_parameters(config.model) > ranks * limit * GIB:
+    limit, release = FULL * config.cluster.memory_gib * GIB, installed_torch()
+    if LEAST_BYTES * num_parameters(config.model) > ranks * (limit - device_memory(config).reserve_bytes):
         return False
-    for variants in propose_layouts(config, ranks, node_devices(config.cluster)):
-        if predict_memory(variants[-1], ranks, release, by_stage=False).fits(limit):
-            return True
-    return False
+    layouts = propose_layouts(config, ranks, node_devices(config.cluster))
+    return any(fits_memory(variants[-1], ranks, limit, release) for variants in layouts)
+
+
+def _smallest(configs: list[RunConfig], ranks: int, release: Release) -> Ranked:
+    """Return the config whose fullest device needs the least."""
+    # Backwards: what recomputes more is smaller, and bounds the others sooner.
+    best, least = configs[-1], predict_memory(configs[-1], ranks, release, by_stage=False)
+    for each in reversed(configs[:-1]):
+        if fits_memory(each, ranks, least.peak_bytes - 1, release):
+            best, least = each, predict_memory(each, ranks, release, by_stage=False)
+    return Ranked(best, least, predict_step(best, ranks))

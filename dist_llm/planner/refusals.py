@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 
 from dist_llm.config.checks import OF_THIS_MACHINE, RULES, check
+from dist_llm.config.operations import LauncherConfig
 from dist_llm.config.request import PlanRequest
 from dist_llm.config.run import RunConfig
 from dist_llm.errors import ConfigError, Violation
+from dist_llm.planner.proposals import propose_layouts
 from dist_llm.planner.ranking import FULL, Ranking, holds
-from dist_llm.planner.shapes import Shape
+from dist_llm.planner.shapes import MOST_LAYERS, Shape
 from dist_llm.planner.spending import Spending
 
 MOST_NODES = 2**14
+MOST_STEPS = 2**31 - 1
+FEWEST_STEPS = 10
+"""A run of fewer steps is none, and its tokens could not be rounded to whole ones."""
+
+LARGEST_PARAMS = 1e12
+"""Parameters for which there are shapes, whatever the vocabulary."""
+
 MOST_DAYS = 3653.0
 """A plan that takes longer than ten years is none."""
 
@@ -32,13 +42,39 @@ def refuse_budget(given: Mapping[str, float]) -> ConfigError:
     )
 
 
+def refuse_machines(request: PlanRequest) -> Iterator[Violation]:
+    """Yield what of the machines no launcher starts ranks on."""
+    nodes = request.cluster.nodes or 1
+    bounds = LauncherConfig.model_fields["nodes"].metadata
+    most = next(bound.le for bound in bounds if hasattr(bound, "le"))
+    if nodes > most:
+        yield Violation("cluster.nodes", nodes, f"must be at most {most}", (most,))
+    if nodes > 1 and request.launcher == "local":
+        yield Violation("launcher", "local", f"starts ranks on one node, and there are {nodes}", ("slurm",))
+
+
 def refuse_years(request: PlanRequest, days: float, flops: float, draft_of: DraftOf) -> ConfigError:
     """Return the error of a plan that takes too long on the nodes there are, with nodes and a budget that do not."""
     nodes, times = request.cluster.nodes or 1, days / MOST_DAYS
     rule = f"would take about {days:,.0f} days, and {MOST_DAYS / 365.25:.0f} years are the most that is planned"
     enough = (n for n in _doubled(nodes) if n >= 1.2 * nodes * times)
-    violations = [Violation("cluster.nodes", nodes, rule, _holding(draft_of(flops), enough))]
-    return ConfigError([*violations, *_smaller(request, 0.7 * flops / times, draft_of)])
+    try:
+        more = _holding(draft_of(flops), enough)
+    except ConfigError:
+        more = ()  # so large a budget has no model
+    violations = [Violation("cluster.nodes", nodes, rule, more)]
+    return ConfigError([*violations, *_smaller(request, flops, 0.7 / times, draft_of)])
+
+
+def refuse_hours(request: PlanRequest, days: float) -> ConfigError:
+    """Return the error of device-hours, or money, that the nodes there are do not use up in time."""
+    name, budget = _budget(request)
+    nodes, times = request.cluster.nodes or 1, days / MOST_DAYS
+    rule = f"lasts {days:,.0f} days on {nodes} nodes, and {MOST_DAYS / 365.25:.0f} years are the most that is planned"
+    violations = [Violation(f"budget.{name}", budget, rule, (float(f"{0.95 * budget / times:.2g}"),))]
+    if (enough := math.ceil(1.1 * nodes * times)) <= MOST_NODES:
+        violations.append(Violation("cluster.nodes", nodes, "or take more", (enough,)))
+    return ConfigError(violations)
 
 
 def refuse_failures(request: PlanRequest, spending: Spending) -> ConfigError:
@@ -59,18 +95,62 @@ def refuse_batch(request: PlanRequest, draft: RunConfig, devices: int) -> Config
         return ConfigError(broken)
     nodes, sequences = request.cluster.nodes or 1, draft.data.global_batch
     rule = f"has {devices} devices, and a batch of {sequences} sequences can be dealt to so many in no layout"
-    fewer = (nodes // 2,) if nodes > 1 else ()
-    larger = -(-sequences // devices) * devices
-    return ConfigError(
-        [
-            Violation("cluster.nodes", nodes, rule, fewer),
-            Violation("data.global_batch", sequences, "or take a batch that they divide", (larger,)),
-        ]
+    each, halves = devices // nodes, (nodes >> times for times in range(1, nodes.bit_length()))
+    fewer = tuple(islice((n for n in halves if any(propose_layouts(draft, n * each, each))), 1))
+    larger, all_sequences = -(-sequences // devices) * devices, draft.run.steps * sequences
+    violations = [Violation("cluster.nodes", nodes, rule, fewer)]
+    if FEWEST_STEPS * larger > all_sequences:
+        violations.append(_more_tokens(request, FEWEST_STEPS * larger / all_sequences, "or spend more"))
+    else:
+        violations.append(Violation("data.global_batch", sequences, "or take a batch that they divide", (larger,)))
+    return ConfigError(violations)
+
+
+def refuse_steps(request: PlanRequest, draft: RunConfig, tokens: float) -> ConfigError:
+    """Return the error of a batch that is nearly all there is to train on."""
+    data = draft.data
+    rule = f"makes steps of {data.global_batch * data.seq_len:,} tokens, and the budget trains on {tokens:,.0f}"
+    if request.data.global_batch is not None:
+        fewer = (2 ** max(0, int(math.log2(max(1.0, tokens / data.seq_len / 1000)))),)
+        return ConfigError([Violation("data.global_batch", data.global_batch, rule, fewer)])
+    return ConfigError([_more_tokens(request, FEWEST_STEPS * data.global_batch * data.seq_len / tokens, rule)])
+
+
+def _more_tokens(request: PlanRequest, times: float, rule: str) -> Violation:
+    """Return a budget that trains on so many times the tokens: half of it, in logarithms, goes to a larger model."""
+    name, budget = _budget(request)
+    more = 1.2 * budget * times ** (2 if request.preset is None else 1)
+    return Violation(f"budget.{name}", budget, rule, (float(f"{more:.2g}"),))
+
+
+def refuse_shapes(request: PlanRequest, num_params: float) -> ConfigError:
+    """Return the error of a request that fixes so much of the model, or asks for so large a one, that none is left."""
+    wish = request.model
+    rule = (
+        f"leaves no shape of about {num_params:.3g} parameters: of at most {MOST_LAYERS} layers, "
+        "key heads that divide the others, and heads of even width"
     )
+    names = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "ffn_hidden_size", "vocab_size")
+    fixed = {name: getattr(wish, name) for name in names if getattr(wish, name) is not None}
+    if fixed:
+        return ConfigError([Violation(f"model.{name}", value, rule, (None,)) for name, value in fixed.items()])
+    name, budget = _budget(request)
+    near = float(f"{budget * min(0.5, (LARGEST_PARAMS / num_params) ** 2):.2g}")
+    return ConfigError([Violation(f"budget.{name}", budget, rule, (near,))])
 
 
-def refuse_memory(request: PlanRequest, shape: Shape, ranking: Ranking, draft_of: DraftOf) -> ConfigError:
-    """Return the error of a model that fits nowhere, with nodes that hold it and a budget whose model fits here."""
+def refuse_batch_of(request: PlanRequest, sequences: int, steps: int) -> ConfigError:
+    """Return the error of a batch so small that its steps cannot be counted."""
+    rule = f"makes {steps:,} steps, and {MOST_STEPS:,} are the most of a run"
+    enough = 2 ** math.ceil(math.log2(sequences * steps / MOST_STEPS))
+    return ConfigError([Violation("data.global_batch", sequences, rule, (enough,))])
+
+
+def refuse_memory(request: PlanRequest, shape: Shape, ranking: Ranking, flops: float, draft_of: DraftOf) -> ConfigError:
+    """Return the error of a model that fits nowhere, with nodes that hold it and a budget whose model fits here.
+
+    Where there are neither, devices whose memory would do.
+    """
     least = ranking.too_large
     assert least is not None
     limit, nodes = FULL * request.cluster.memory_gib, request.cluster.nodes or 1
@@ -79,8 +159,11 @@ def refuse_memory(request: PlanRequest, shape: Shape, ranking: Ranking, draft_of
         f"needs {least.peak_gib:.1f} of {limit:.1f} GiB a device, most of it {least.memory.largest}"
     )
     violations = [Violation("cluster.nodes", nodes, rule, _holding(least.config, _doubled(nodes)))]
-    flops = request.budget.flops
-    return ConfigError([*violations, *(_smaller(request, flops / 2, draft_of) if flops else ())])
+    violations += _smaller(request, flops, 0.5, draft_of)
+    if not any(violation.legal for violation in violations):
+        enough = math.ceil(least.peak_gib / FULL)
+        violations.append(Violation("cluster.memory_gib", request.cluster.memory_gib, "or take larger ones", (enough,)))
+    return ConfigError(violations)
 
 
 def _holding(draft: RunConfig, nodes: Iterable[int]) -> tuple[int, ...]:
@@ -89,20 +172,30 @@ def _holding(draft: RunConfig, nodes: Iterable[int]) -> tuple[int, ...]:
     return tuple(islice((n for n in nodes if holds(draft, n * each)), 1))
 
 
-def _smaller(request: PlanRequest, most: float, draft_of: DraftOf) -> list[Violation]:
-    """Return the largest budget that the nodes hold a model of, halved from `most` on; nothing for a given model."""
-    if request.budget.flops is None or request.preset is not None:
+def _smaller(request: PlanRequest, flops: float, most: float, draft_of: DraftOf) -> list[Violation]:
+    """Return the largest budget that the nodes hold a model of, halved from `most` of it on; none of a given model.
+
+    Device-hours and money are taken in proportion to FLOPs, and a tenth less.
+    """
+    if request.preset is not None:
         return []
+    name, budget = _budget(request)
     try:
         for times in range(40):
-            flops = float(f"{most / 2**times:.2g}")
-            draft = draft_of(flops)
+            part = float(f"{flops * most / 2**times:.2g}")
+            draft = draft_of(part)
             if holds(draft, draft.launcher.nproc * draft.launcher.nodes):
+                near = part if name == "flops" else float(f"{0.9 * budget * part / flops:.2g}")
                 rule = "or take a smaller budget, and so a smaller model"
-                return [Violation("budget.flops", request.budget.flops, rule, (flops,))]
+                return [Violation(f"budget.{name}", budget, rule, (near,))]
     except ConfigError:
         pass  # so small a budget has no model
     return []
+
+
+def _budget(request: PlanRequest) -> tuple[str, float]:
+    """Return which budget is given, and how much."""
+    return next((name, float(value)) for name, value in request.budget.model_dump().items() if value is not None)
 
 
 def _doubled(nodes: int) -> Iterator[int]:

@@ -1,7 +1,8 @@
 """Runs to fit a law to: from folders of runs, or from a table of others' runs.
 
-A folder gives parameters by the counter (its config.yaml), tokens of its last step, and as loss its last evaluation
-(validation.jsonl) or the mean over the last twentieth of its steps (metrics.jsonl). A table is CSV or JSONL.
+A folder gives parameters by the counter (its config.yaml; of experts those that a token meets), tokens of its last
+step, and as loss its last evaluation (validation.jsonl) or the mean over the last twentieth of its steps
+(metrics.jsonl). A table is CSV or JSONL.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_llm.accounting.params import embedding_parameters, num_parameters
+from dist_llm.accounting.params import embedding_parameters
 from dist_llm.config.decode import decode
 from dist_llm.config.document import read_document
 from dist_llm.config.run import RunConfig
 from dist_llm.errors import ConfigError, DataError, StorageError, Violation
 from dist_llm.planner.fitting import Run
+from dist_llm.planner.shapes import active_parameters
 from dist_llm.telemetry.records import CONFIG_FILE, VALIDATION_FILE, MetricsLine, read_lines, read_metrics
 
 SMOOTHED_SHARE = 0.05
@@ -45,6 +47,15 @@ class FolderRun:
     training_loss: float
     validation_loss: float | None
     finished: bool
+    converged: bool
+    """Whether most of its last steps have a loss: a run that diverged is no point of a law."""
+
+    @property
+    def fault(self) -> str | None:
+        """Why it is left out, None where it is not."""
+        if not self.finished:
+            return "it has not reached run.steps"
+        return None if self.converged else "its last steps have no finite loss"
 
     def as_run(self, validation: bool, embeddings: bool) -> Run:
         """Return the run as a fit takes it."""
@@ -63,15 +74,17 @@ def read_folder(folder: Path) -> FolderRun:
     losses = [line.loss for line in lines if _usable(line)]
     if not lines or not losses:
         raise DataError(f"{folder}: metrics.jsonl has no step with a finite loss")
-    last = max(1, round(SMOOTHED_SHARE * len(losses)))
+    last = lines[-max(1, round(SMOOTHED_SHARE * len(lines))) :]
+    final = [line.loss for line in last if line.loss is not None and _usable(line)]
     return FolderRun(
         config.run.name,
-        num_parameters(config.model),
+        active_parameters(config.model),
         _embedding_params(config),
         lines[-1].tokens,
-        sum(loss for loss in losses[-last:] if loss is not None) / last,
+        sum(final) / len(final) if final else math.nan,
         _validation_loss(folder, lines[-1].step),
         lines[-1].step >= config.run.steps,
+        2 * len(final) >= len(last),
     )
 
 

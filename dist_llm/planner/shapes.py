@@ -21,6 +21,7 @@ SMALL, MIDDLE, LARGE = 1e9, 3e9, 8e9
 """Parameters from which heads are 128 wide and embeddings apart, the vocabulary is large, and key heads are shared."""
 
 MOST_SHAPES = 5
+MOST_LAYERS = 1024
 FEWEST_PARAMS = 2e4
 """Parameters of the smallest model that is searched."""
 
@@ -83,17 +84,19 @@ def usual_aspect(num_params: float) -> float:
 def _shapes(wish: ModelRequest, seq_len: int, target: float, embeddings: bool) -> Iterator[Shape]:
     """Yield for each width the depth that comes closest to the target from below and from above."""
     for width in [wish.hidden_size] if wish.hidden_size else _widths(target, wish.num_heads or 1):
-        one, two = (measure(build_model(wish, seq_len, target, width, layers)) for layers in (1, 2))
-        each = two.active_params - one.active_params
-        exact = 1 + (target - law_parameters(one, embeddings)) / each
+        # Layers beyond these are alike: the first may be dense where others have experts.
+        start = 1 + (wish.moe.num_dense_layers if wish.moe.num_experts else 0)
+        one, two = (measure(build_model(wish, seq_len, target, width, layers)) for layers in (start, start + 1))
+        total, active = two.num_params - one.num_params, two.active_params - one.active_params
+        exact = start + (target - law_parameters(one, embeddings)) / active
         step = _layer_step(target)
         near = {max(1, step * math.floor(exact / step)), max(1, step * math.ceil(exact / step))}
         for layers in [wish.num_layers] if wish.num_layers else sorted(near):
-            if layers <= 1024:
-                more = layers - 1
-                total, active = two.num_params - one.num_params, two.active_params - one.active_params
-                model = build_model(wish, seq_len, target, width, layers)
-                yield Shape(model, one.num_params + more * total, one.active_params + more * active)
+            model, more = build_model(wish, seq_len, target, width, layers), layers - start
+            if layers > MOST_LAYERS or model.num_heads % model.kv_heads or model.head_width % 2:
+                continue
+            known = Shape(model, one.num_params + more * total, one.active_params + more * active)
+            yield known if more >= 0 else measure(model)
 
 
 def _widths(target: float, heads: int) -> Iterator[int]:

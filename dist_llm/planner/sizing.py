@@ -16,6 +16,9 @@ from dist_llm.planner.published_laws import COMPARED, PUBLISHED
 from dist_llm.planner.repetition import optimal_repeated, repeated_loss
 from dist_llm.planner.serving import cheapest_served
 
+FAR = 1.3
+"""Times off the optimum from which a model is no longer the law's."""
+
 
 @dataclass(frozen=True)
 class Size:
@@ -59,12 +62,33 @@ def size_of_model(law: Law, num_params: float, flops: float, unique_tokens: floa
 
 
 def with_params(law: Law, size: Size, num_params: float, unique_tokens: float | None) -> Size:
-    """Return the size with the parameters of a real model, of the same training FLOPs."""
+    """Return the size with the parameters of a real model, of the same training FLOPs.
+
+    Intervals are of the optimum, and hold what is taken for it; a model far from it has none.
+    """
     tokens = size.flops / (6 * num_params)
-    loss = law.loss(num_params, tokens)
-    interval = law.loss_interval(num_params, tokens) if isinstance(law, ParametricLaw) else None
-    exact = replace(size, num_params=num_params, tokens=tokens, epochs=1.0, loss=loss, loss_interval=interval)
-    return _repeat(law, exact, unique_tokens, say=False)
+    exact = replace(
+        size,
+        num_params=num_params,
+        tokens=tokens,
+        epochs=1.0,
+        loss=law.loss(num_params, tokens),
+        loss_interval=law.loss_interval(num_params, tokens) if isinstance(law, ParametricLaw) else None,
+        num_params_interval=holding(size.num_params_interval, num_params),
+        tokens_interval=holding(size.tokens_interval, tokens),
+    )
+    if not 1 / FAR < num_params / size.num_params < FAR:
+        why = (
+            f"{law.name} would train {size.num_params:.3g} parameters with {size.flops:.3g} FLOPs, "
+            f"but the nearest shape has {num_params:.3g}"
+        )
+        exact = replace(exact, num_params_interval=None, tokens_interval=None, why=why)
+    return _repeat(law, exact, unique_tokens)
+
+
+def holding(interval: Interval | None, value: float) -> Interval | None:
+    """Return an interval as wide as holds a value too."""
+    return None if interval is None else (min(interval[0], value), max(interval[1], value))
 
 
 def compared_laws(law: Law, flops: float) -> list[tuple[Law, Optimum]]:
@@ -98,8 +122,9 @@ def _described(law: Law, best: Optimum) -> Size:
 def _repeated(law: ParametricLaw, flops: float, unique_tokens: float) -> Size:
     found = optimal_repeated(law, flops, unique_tokens)
     why = (
-        f"there are {unique_tokens:.3g} tokens, so each is seen {found.epochs:.2g} times, and a smaller model on more "
-        "repeats is best (Muennighoff et al. 2023)"
+        f"there are {unique_tokens:.3g} tokens, fewer than {law.name} asks for with {flops:.3g} FLOPs, and repeated "
+        f"tokens and parameters beyond them are worth less: {found.num_params:.3g} parameters are best "
+        "(Muennighoff et al. 2023)"
     )
     return Size(found.num_params, found.tokens, found.epochs, found.loss, why)
 
@@ -124,11 +149,10 @@ def _served(law: ParametricLaw, flops: float, serving_tokens: float) -> Size:
     )
 
 
-def _repeat(law: Law, size: Size, unique_tokens: float | None, say: bool = True) -> Size:
+def _repeat(law: Law, size: Size, unique_tokens: float | None) -> Size:
     """Return the size when only so many tokens exist."""
     if unique_tokens is None or size.tokens <= unique_tokens:
         return size
     epochs = size.tokens / unique_tokens
     loss = repeated_loss(law, size.num_params, size.tokens, unique_tokens) if isinstance(law, ParametricLaw) else None
-    why = f"{size.why}; there are {unique_tokens:.3g} tokens, so each is seen {epochs:.2g} times" if say else size.why
-    return replace(size, epochs=epochs, loss=loss, loss_interval=None, why=why)
+    return replace(size, epochs=epochs, loss=loss, loss_interval=None)

@@ -93,8 +93,10 @@ class Fit:
         return Prediction(run, self.law.loss(run.num_params, run.tokens), interval)
 
     def constant_interval(self, name: str) -> Interval:
-        """Return percentiles 2.5 and 97.5 of a constant over the resamples."""
-        return middle_95([getattr(constants, name) for constants in self.law.resamples])
+        """Return percentiles 2.5 and 97.5 of a constant over the resamples, widened where it lies outside itself."""
+        low, high = middle_95([getattr(constants, name) for constants in self.law.resamples])
+        value = getattr(self.law.constants, name)
+        return min(low, value), max(high, value)
 
 
 def usual_prior(num_runs: int) -> Prior | None:
@@ -147,7 +149,7 @@ def _law_of(problem: Problem, best: Array, runs: tuple[Run, ...], name: str, res
     from scipy.special import stdtrit
 
     residuals, _ = problem.residuals(best)
-    variants = solve_variants(problem, best, _resample(residuals, resampling))
+    variants = solve_variants(problem, best, _resample(residuals, resampling, problem.prior))
     freedom = max(1, len(runs) - 5)
     return ParametricLaw(
         name,
@@ -160,22 +162,24 @@ def _law_of(problem: Problem, best: Array, runs: tuple[Run, ...], name: str, res
     )
 
 
-def _resample(residuals: Array, resampling: _Resampling) -> Variants:
+def _resample(residuals: Array, resampling: _Resampling, prior: Prior | None) -> Variants:
     """Return resamples of the runs.
 
     Many runs are drawn with replacement. Of few that could leave a size or a length out altogether: all stay, and each
-    gets the residual of a run drawn in its place, enlarged for the five constants that were fitted to them.
+    gets the residual of a run drawn in its place, enlarged for the five constants that were fitted to them. A prior is
+    drawn as well, from itself: what runs do not show stays as uncertain as it was.
     """
     import numpy as np
 
     generator, num_runs, resamples = np.random.default_rng(resampling.seed), residuals.size, resampling.count
     drawn = generator.integers(0, num_runs, (resamples, num_runs))
+    beliefs = None if prior is None else generator.normal(prior.exponent, prior.deviation, (resamples, 2))
     if num_runs >= MANY_RUNS:
         weights = np.stack([np.bincount(row, minlength=num_runs) for row in drawn]).astype(float)
-        return Variants(weights, np.zeros_like(weights))
+        return Variants(weights, np.zeros_like(weights), beliefs)
     enlarged = residuals * math.sqrt(num_runs / max(1, num_runs - 5))
     signs = generator.choice([-1.0, 1.0], (resamples, num_runs))
-    return Variants(np.ones((resamples, num_runs)), residuals - signs * enlarged[drawn])
+    return Variants(np.ones((resamples, num_runs)), residuals - signs * enlarged[drawn], beliefs)
 
 
 def _predict_largest(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from dist_llm.accounting.params import num_parameters
 from dist_llm.config.run import RunConfig
 from dist_llm.planner.cost.step import predict_step
 from dist_llm.planner.footprint import GIB, predict_memory
 from dist_llm.planner.published_laws import DEFAULT_LAW, PUBLISHED
+from dist_llm.planner.shapes import active_parameters
 from dist_llm.runtime.log import get_logger
 from dist_llm.telemetry.records import PREDICTION_FILE, write_whole
 
@@ -32,7 +32,7 @@ def write_prediction(config: RunConfig, ranks: int, run_dir: Path) -> None:
         "step_seconds": step.seconds,
         "components": dict(step.components),
         "memory_gib": memory.ranks[0].peak_bytes / GIB,
-        "loss": PUBLISHED[DEFAULT_LAW].loss(num_parameters(config.model), tokens) if tokens else None,
+        "loss": PUBLISHED[DEFAULT_LAW].loss(active_parameters(config.model), tokens) if tokens else None,
         "law": DEFAULT_LAW,
     }
     write_whole(run_dir / PREDICTION_FILE, json.dumps(found, indent=2) + "\n")

@@ -21,8 +21,9 @@ from dist_llm.config.rule import with_values
 from dist_llm.config.run import RunConfig
 from dist_llm.errors import ConfigError
 from dist_llm.planner.fit_memory import plan_remedies, require_fit
-from dist_llm.planner.footprint import GIB, predict_memory
+from dist_llm.planner.footprint import GIB, fits_memory, predict_memory
 from dist_llm.planner.messages import write_programs
+from dist_llm.planner.native_memory import NativeMemory
 from dist_llm.planner.pipeline_memory import most_activations
 from dist_llm.planner.pipeline_peaks import RankWork, most_bytes
 from tests.parallel.tiny import GPT2, MOE, tiny_config
@@ -173,6 +174,35 @@ def test_peaks_in_symbols_are_those_of_the_walk(schedule: str, as_needed: bool) 
             work = RankWork(pipe, rank, tuple(stages), splits, as_needed)
             found = most_bytes(work, list(memories.values()))
             assert found == pytest.approx(most_activations(pipe, program, memories, as_needed), rel=0.01)
+
+
+def test_a_layout_that_one_rank_refutes_asks_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    rank = NativeMemory.rank
+    monkeypatch.setattr(
+        NativeMemory, "rank", lambda self, index, by_stage: asked.append(index) or rank(self, index, by_stage)
+    )
+    for schedule, chunks in (("1f1b", 1), ("interleaved", 3)):
+        changes = {"parallel.pipeline": 8, "parallel.tensor": 1, "model.num_layers": 48, "data.global_batch": 256}
+        config = build("native", **changes, **{"parallel.schedule": schedule, "parallel.virtual_pipeline": chunks})
+        need = predict_memory(config, 32).peak_bytes
+        asked.clear()
+        assert fits_memory(config, 32, need)
+        assert sorted(asked) == list(range(8))
+        asked.clear()
+        assert not fits_memory(config, 32, 0.5 * need)
+        assert asked == [0]
+        assert not fits_memory(config, 32, need - 1)
+
+
+@pytest.mark.parametrize("as_needed", [True, False])
+def test_a_long_step_of_1f1b_is_not_walked(as_needed: bool) -> None:
+    pipe = Pipe("1f1b", 64, 1, 2**20)
+    memory = StageMemory(120, 100, 30, 40, 0, 0, 8, 8)
+    found = [most_bytes(RankWork(pipe, rank, (rank,), False, as_needed), [memory]) for rank in (0, 1)]
+    buffers = 0 if as_needed else 16 * pipe.microbatches
+    assert found[0] - found[1] == memory.held
+    assert 64 * memory.held < found[0] - buffers < 65 * memory.held
 
 
 def test_ranks_and_batches_that_cannot_be_dealt_are_refused() -> None:

@@ -167,7 +167,17 @@ def test_more_nodes_than_said_hold_the_model(refused: Callable[..., str], plan: 
 
 @pytest.mark.parametrize(
     ("sequences", "devices", "rounded"),
-    [(1, 8, 1), (2.4, 8, 2), (5.5, 8, 6), (100, 64, 96), (400, 64, 384), (700, 24, 768), (200, 56, 224), (3, 56, 3)],
+    [
+        (1, 8, 1),
+        (2.4, 8, 2),
+        (5.5, 8, 8),
+        (100, 64, 96),
+        (400, 64, 384),
+        (700, 24, 768),
+        (200, 56, 224),
+        (3, 56, 4),
+        (370, 512, 512),
+    ],
 )
 def test_batches_are_round(sequences: float, devices: int, rounded: int) -> None:
     assert round_batch(sequences, devices) == rounded

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,20 +39,30 @@ def _data(answer: Answer) -> dict[str, object]:
 
 
 def _write_run(
-    folder: Path, name: str, width: int, steps: int, done: int | None = None, evaluated: bool = False
+    folder: Path,
+    name: str,
+    width: int,
+    steps: int,
+    done: int | None = None,
+    end: str = "",
+    more: tuple[str, ...] = (),
 ) -> Path:
-    """Write the folder of a run whose loss falls to what TRUTH says, with a step that was skipped in between."""
+    """Write the folder of a run whose loss falls to what TRUTH says, with a step that was skipped in between.
+
+    end: `evaluated` or `diverged`.
+    """
     words = [f"run.name={name}", f"run.dir={folder}", f"run.steps={steps}", f"model.hidden_size={width}"]
-    config = decode(compose([*words, f"model.ffn_hidden_size={4 * width}"]))
+    config = decode(compose([*words, f"model.ffn_hidden_size={4 * width}", *more]))
     batch = config.data.global_batch * config.data.seq_len
-    end = TRUTH.loss(num_parameters(config.model), steps * batch)
+    last = TRUTH.loss(num_parameters(config.model), steps * batch)
     with RunFiles(config.run.folder) as files:
         files.write_config(render_document(config))
         for step in range(1, (steps if done is None else done) + 1):
-            loss = math.nan if step == 7 else end + max(0.0, 3 - 4 * step / steps)
+            lost = step == 7 or (end == "diverged" and step > 0.9 * steps)
+            loss = math.nan if lost else last + max(0.0, 3 - 4 * step / steps)
             files.record(StepRecord(step, step * batch, loss, 1.0, 1e-3, 0.1, 1e4, None, 0.1, skipped=step == 7))
-        if evaluated:
-            files.validation(steps, end + 0.25, 4096)
+        if end == "evaluated":
+            files.validation(steps, last + 0.25, 4096)
     return config.run.folder
 
 
@@ -91,7 +102,8 @@ def test_folders_of_runs_are_fitted(folders: list[Path], tmp_path: Path) -> None
 
 def test_evaluations_count_where_every_run_has_one(tmp_path: Path, folders: list[Path]) -> None:
     evaluated = [
-        _write_run(tmp_path / "e", f"e{steps}", 64, steps, evaluated=True) for steps in (20, 30, 40, 50, 60, 80)
+        _write_run(tmp_path / "e", f"e{steps}", 64 + steps % 3 * 64, steps, end="evaluated")
+        for steps in (20, 30, 40, 50, 60, 80)
     ]
     answer = _call(FIT, *evaluated)
     assert "loss: the last evaluation" in answer.text
@@ -105,6 +117,40 @@ def test_unfinished_runs_are_left_out(folders: list[Path], tmp_path: Path) -> No
     answer = _call(FIT, *folders, stopped)
     assert "stopped is left out" in answer.text
     assert _data(answer)["num_runs"] == 9
+
+
+def test_diverged_runs_are_left_out(folders: list[Path], tmp_path: Path) -> None:
+    answer = _call(FIT, *folders, _write_run(tmp_path, "diverged", 64, 500, end="diverged"))
+    assert "diverged is left out: its last steps have no finite loss" in answer.text
+    assert _data(answer)["num_runs"] == 9
+
+
+def test_experts_count_by_what_a_token_meets(folders: list[Path], tmp_path: Path) -> None:
+    sparse = _write_run(tmp_path, "sparse", 64, 60, more=("model.moe.num_experts=8", "model.moe.top_k=1"))
+    rows: Any = _data(_call(FIT, *folders, sparse))["runs"]
+    dense, experts = rows[0]["num_params"], rows[-1]["num_params"]
+    assert dense < experts < 1.1 * dense
+
+
+def test_a_law_is_trusted_as_far_as_it_was_right(tmp_path: Path) -> None:
+    table = _table(tmp_path / "runs.csv")
+    assert "trust it to about" in _call(FIT, table, "--columns", "loss=c4").text
+    lines = table.read_text().splitlines()
+    wild = [f"{line}{'5' * (index % 2)}" for index, line in enumerate(line.rpartition(".")[0] for line in lines[2:])]
+    table.write_text("\n".join([*lines[:2], *wild]))
+    assert "trust it no further than them" in _call(FIT, table, "--columns", "loss=c4").text
+
+
+def test_what_runs_do_not_show_stays_as_uncertain_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "runs.csv"
+    sizes = [(1e6, 2e7 * 2**index) for index in range(6)] + [(1.05e6, 2e7)]
+    losses = [TRUTH.loss(*size) * (1 + 3e-3 * (-1) ** index) for index, size in enumerate(sizes)]
+    rows = [f"{n},{d},{loss}" for (n, d), loss in zip(sizes, losses, strict=True)]
+    path.write_text("\n".join(["params,tokens,loss", *rows]))
+    law: Any = _data(_call(FIT, path))["law"]
+    low, high = law["intervals"]["alpha"]
+    assert high - low > 0.2
+    assert low <= law["alpha"] <= high
 
 
 def test_embeddings_may_be_left_out(folders: list[Path]) -> None:
@@ -159,6 +205,7 @@ def test_jsonl_with_flops_is_fitted(tmp_path: Path) -> None:
         (["{table}", "--columns", "loss=c4", "--seed", "-1"], ConfigError, "--seed=-1"),
         (["{table}", "--columns", "loss=c4", "--name", "../x"], ConfigError, "name=../x"),
         (["{table}", "--columns", "loss=Run"], DataError, "row 1: Run must be a positive number"),
+        (["{alone}"], ConfigError, "all have 1,000,000 parameters"),
         (["{torn}"], DataError, "row 1: not a JSON object"),
         (["{bare}"], DataError, "no step with a finite loss"),
     ],
@@ -167,11 +214,13 @@ def test_what_cannot_be_fitted_is_refused(
     words: list[str], error: type[DistLLMError], text: str, tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "alone.csv").write_text("n,d,loss\n" + "".join(f"1e6,{10**k},{9 - k}\n" for k in range(1, 8)))
     (tmp_path / "torn.jsonl").write_text('{"params": 1,\n')
     places = {
         "table": _table(tmp_path / "runs.csv"),
         "empty": tmp_path / "empty",
         "torn": tmp_path / "torn.jsonl",
+        "alone": tmp_path / "alone.csv",
         "bare": _write_run(tmp_path, "bare", 64, 10, done=0),
     }
     with pytest.raises(error) as caught:

@@ -120,7 +120,24 @@ def test_text_names_what_takes_longest(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_a_file_that_is_not_there() -> None:
-    assert main(["plan", "predict", "--rows", "nowhere.jsonl"]) == ExitCode.IO
+    assert main(["plan", "predict", "--rows", "nowhere.jsonl"]) == ExitCode.CONFIG
+
+
+def test_rows_are_lines_of_json_under_json_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([json.dumps({"overrides": GPT})] * 2))
+    assert main(["plan", "predict", "--rows", str(path), "--json"]) == ExitCode.DONE
+    assert [json.loads(line)["ranks"] for line in capsys.readouterr().out.splitlines()] == [1, 1]
+
+
+def test_a_row_that_is_no_text_or_too_long_does_not_stop_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, good = tmp_path / "rows.jsonl", json.dumps({"overrides": GPT}).encode()
+    path.write_bytes(b"\xef\xbb\xbf" + b"\n".join([good, b"\xff\xfe", b'{"overrides": {"x": "' + b"y" * 2**20, good]))
+    assert main(["plan", "predict", "--rows", str(path)]) == ExitCode.DONE
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert ["error" in answer for answer in found] == [False, True, True, False]
 
 
 def test_sizes_alone_make_a_gpt() -> None:

@@ -51,6 +51,17 @@ SLURM_JOB_ID=7 SLURM_JOB_NODELIST=node1
     assert (tmp_path / "argv").read_text().split("\0")[-2] == word
 
 
+@pytest.mark.parametrize(("cores", "named"), [("", "unset"), ("SLURM_CPUS_PER_TASK=3", "3")])
+def test_ranks_of_gpus_share_all_cores_of_a_node(cores: str, named: str, tmp_path: Path) -> None:
+    stubs = f"""
+scontrol() {{ echo node1; }}
+srun() {{ echo "${{SRUN_CPUS_PER_TASK-unset}}" > cores; }}
+SLURM_JOB_ID=7 SLURM_JOB_NODELIST=node1 {cores}
+"""
+    subprocess.run(["bash"], input=stubs + _script([]), text=True, check=True, cwd=tmp_path)
+    assert (tmp_path / "cores").read_text().strip() == named
+
+
 def test_a_run_that_saved_is_queued_again(tmp_path: Path) -> None:
     stubs = 'scontrol() { echo "$@" >> asked; }\nsrun() { return 75; }\nSLURM_JOB_ID=7 SLURM_JOB_NODELIST=node1\n'
     done = subprocess.run(["bash"], input=stubs + _script([]), text=True, check=False, cwd=tmp_path)
