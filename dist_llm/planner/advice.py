@@ -74,6 +74,8 @@ def describe_layout(ranked: Ranked, ranks: int) -> dict[str, Any]:
         "overrides": {
             **{f"parallel.{key}": getattr(parallel, key) for key in keys},
             "parallel.recompute": parallel.recompute,
+            "parallel.recompute_operators": list(parallel.recompute_operators),
+            "parallel.recompute_layers": parallel.recompute_layers,
             "data.microbatch": ranked.config.data.microbatch,
         },
         "step_seconds": step.seconds,

@@ -17,7 +17,8 @@ from dist_llm.config.rules import divisors
 from dist_llm.config.run import RunConfig
 
 MICROBATCHES = (1, 2, 4, 8, 16)
-RECOMPUTES = ("none", "selective", "full")
+RECOMPUTED_SHARES = (1 / 4, 1 / 2, 3 / 4)
+"""Blocks of a stage that are recomputed whole, between some operators of all blocks and all of all."""
 MOST_CHUNKS, MOST_PIPELINE = 6, 64
 LONG_SEQUENCE = 8192
 """Tokens from which splitting a sequence over ranks is weighed."""
@@ -39,11 +40,25 @@ def propose_layouts(config: RunConfig, ranks: int, devices_per_node: int) -> Ite
             data = config.data.model_copy(update={"microbatch": microbatch})
             for inner in _inner(config, split, microbatch):
                 plain = config.parallel.model_copy(update={**split, **inner})
-                layouts = [plain.model_copy(update={"recompute": recompute}) for recompute in RECOMPUTES]
+                layouts = [plain.model_copy(update=again) for again in _recomputes(config, plain.num_stages)]
                 proposed = [config.model_copy(update={"parallel": layout, "data": data}) for layout in layouts]
                 legal = tuple(each for each in proposed if not any(rule(each, ranks) for rule in _ASKED))
                 if legal:
                     yield legal
+
+
+def _recomputes(config: RunConfig, stages: int) -> list[Choice]:
+    """Return what may be recomputed, ever more of it: of our engine cheap operators first, then block by block."""
+    if config.engine.name != "native":
+        return [{"recompute": name} for name in ("none", "selective", "full")]
+    layers = config.model.num_layers // stages
+    some = sorted({round(share * layers) for share in RECOMPUTED_SHARES} - {0, layers})
+    return [
+        {"recompute": "none"},
+        {"recompute": "selective", "recompute_operators": ("norm", "activation")},
+        *({"recompute": "full", "recompute_layers": count} for count in some),
+        {"recompute": "full"},
+    ]
 
 
 def _splits(config: RunConfig, ranks: int, devices_per_node: int) -> Iterator[Choice]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dist_llm.accounting.params import num_parameters
+from dist_llm.config.parallel import ParallelConfig
 from dist_llm.config.run import RunConfig
 from dist_llm.planner.cost.step import StepTime, node_devices, predict_step
 from dist_llm.planner.device_memory import device_memory
@@ -43,7 +44,16 @@ class Ranked:
         more = (("ep", parallel.expert), ("dp", parallel.data or 1))
         words = [f"{axis}{number}" for axis, number in (*sizes, *more) if number > 1]
         words += [f"zero{parallel.zero}", f"mb{self.config.data.microbatch}"]
-        return " ".join([*words, *([parallel.recompute] if parallel.recompute != "none" else [])])
+        return " ".join([*words, *recompute_words(parallel)])
+
+
+def recompute_words(parallel: ParallelConfig) -> list[str]:
+    """Return what is recomputed: nothing, `full`, `full5` (blocks of each stage), or the operators."""
+    if parallel.recompute == "none":
+        return []
+    if parallel.recompute == "full":
+        return [f"full{parallel.recompute_layers or ''}"]
+    return ["+".join(parallel.recompute_operators)]
 
 
 @dataclass(frozen=True)

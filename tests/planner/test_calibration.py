@@ -65,10 +65,12 @@ def test_unseen_runs_are_predicted(truth: ClusterConfig) -> None:
     found = calibrate(observed[0].config.cluster, observed)
     assert max(map(abs, found.before.values())) > 0.25
     assert found.mean_error < 0.02
-    for words in UNSEEN:
-        unseen = _observe(words, truth)
-        assert predicted_seconds(unseen, found.cluster) == pytest.approx(unseen.step_seconds, rel=0.05)
-        assert predicted_seconds(unseen, unseen.config.cluster) != pytest.approx(unseen.step_seconds, rel=0.2)
+    unseen = [_observe(words, truth) for words in UNSEEN]
+    for each in unseen:
+        assert predicted_seconds(each, found.cluster) == pytest.approx(each.step_seconds, rel=0.05)
+    # Uncalibrated the preset is far off; of one run alone its errors may cancel.
+    off = [abs(predicted_seconds(each, each.config.cluster) / each.step_seconds - 1) for each in unseen]
+    assert sorted(off)[1] > 0.2
 
 
 def test_what_runs_say_nothing_of_stays(truth: ClusterConfig) -> None:

@@ -5,7 +5,8 @@
 
 Gradients go in the master format (practice.py says when not), parameters in the compute format. Native engine and FSDP:
 what computation covers is hidden but for the first and last unit, and slows what covers it by a quarter of itself, for
-collectives run on the same units. Megatron of 2021-23 below zero 3: nothing is hidden.
+collectives run on the same units. Megatron of 2021-23 below zero 3: nothing is hidden. Nor is it on a CPU, whose cores
+carry the traffic that they would hide; copies to and from its buffers come on top.
 """
 
 from __future__ import annotations
@@ -83,9 +84,10 @@ class Cover:
     microbatches: int
 
 
-def exchange_seconds(fabric: Fabric, exchange: Exchange, held: Held, cover: Cover) -> float:
+def exchange_seconds(device: Device, fabric: Fabric, exchange: Exchange, held: Held, cover: Cover) -> float:
     """Return the seconds that gradients and parameters cost a step beyond what computation hides."""
     gather = reduce = once = 0.0
+    sharded = 0.0
     for numel, shared in ((held.dense, 1), (held.expert, exchange.expert)):
         if not numel or exchange.ranks // shared == 1:
             continue
@@ -97,6 +99,11 @@ def exchange_seconds(fabric: Fabric, exchange: Exchange, held: Held, cover: Cove
         sums = gather_seconds if exchange.scatters else all_reduce_seconds
         reduce += sums(fabric, near, numel * exchange.gradient_width)
         once += all_reduce_seconds(fabric, far, numel / shards * exchange.gradient_width)
+        sharded += numel if shards > 1 else 0.0
+    if not device.host_ahead:
+        gather += device.moved(2 * sharded * exchange.width)
+        reduce += device.moved(2 * sharded * exchange.gradient_width)
+        return _in_turn(exchange, cover.microbatches, gather, reduce) + once
     count, last = cover.microbatches, 1 / max(1, held.units)
     ends = last * (gather + reduce + once)
     if exchange.zero == 3:
@@ -107,6 +114,12 @@ def exchange_seconds(fabric: Fabric, exchange: Exchange, held: Held, cover: Cove
         return gather + reduce * often + once
     beside = often * _left(reduce, cover.backward) + _left(once, max(0.0, cover.backward - reduce))
     return beside + _left(gather, cover.forward) + ends
+
+
+def _in_turn(exchange: Exchange, count: int, gather: float, reduce: float) -> float:
+    """Return the seconds of all gathers and reductions of a step, one after the other."""
+    gathers = 2 * count if exchange.zero == 3 else 1
+    return gathers * gather + (count if exchange.zero >= 2 else 1) * reduce
 
 
 def _left(traffic: float, computation: float) -> float:

@@ -214,7 +214,7 @@ def _sharding(plan: _Plan, stages: list[StageSeconds], blocks: tuple[Blocks, ...
             sum(stages[index].backward for index in mine),
             plan.microbatches,
         )
-        exchanged = exchange_seconds(plan.fabric, exchange, held, cover)
+        exchanged = exchange_seconds(plan.device, plan.fabric, exchange, held, cover)
         updated = update_seconds(plan.device, exchange, held, parallel.offload != "none")
         longest = max(longest, (exchanged, updated), key=sum)
     return longest[0] + _tied(plan, numels), longest[1]
