@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ from dist_llm.cli.parse import Answer, Command, add_json
 from dist_llm.errors import ConfigError, StorageError, Violation
 
 if TYPE_CHECKING:
+    from dist_llm.config.decode import Decoded
+    from dist_llm.config.request import PlanRequest
     from dist_llm.planner.plan import Plan
 
 _EPILOG = """\
@@ -48,15 +51,35 @@ def budget(arguments: argparse.Namespace) -> Answer:
     composed = compose_request(arguments.overrides)
     decoded = decode_as(PlanRequest, composed.tree)
     if problems := [*composed.violations, *map(_as_typed, decoded.violations)]:
-        raise ConfigError(problems)
-    plan = make_plan(decoded.config, find_law(decoded.config.law))
+        raise ConfigError([*problems, *_further(decoded)])
+    try:
+        plan = make_plan(decoded.config, find_law(decoded.config.law))
+    except ConfigError as error:
+        if not any(word.lstrip("+").startswith("cluster=") for word in arguments.overrides):
+            error.add_note("no cluster is given, so this is of cluster=cpu: try cluster=h100-sxm cluster.nodes=8")
+        raise
     data = describe(plan, max(1, arguments.top))
     if arguments.write is not None:
         _write(plan, arguments.write)
-        data["written"] = str(arguments.write)
+        data |= {"written": str(arguments.write), "commands": _commands(plan, arguments.write)}
     if arguments.pictures is not None:
         data["pictures"] = _draw(plan, arguments.pictures)
     return Answer(_text(data), data)
+
+
+def _further(decoded: Decoded[PlanRequest]) -> Iterator[Violation]:
+    """Yield what else is wrong with a request that could not be read whole, of what could be read."""
+    from dist_llm.planner.law_file import find_law
+    from dist_llm.planner.plan import check_request
+
+    sections = {key.partition(".")[0] for key in decoded.unusable}
+    if not {"budget", "cluster", "launcher"} & sections:
+        yield from check_request(decoded.config)
+    if "law" not in sections:
+        try:
+            find_law(decoded.config.law)
+        except ConfigError as error:
+            yield from error.violations
 
 
 def _as_typed(violation: Violation) -> Violation:
@@ -72,6 +95,15 @@ def _write(plan: Plan, path: Path) -> None:
         path.write_text(render_document(plan.config), encoding="utf-8")
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _commands(plan: Plan, path: Path) -> list[str]:
+    """Return the ways to start a written plan: our launcher, and torchrun on every node."""
+    file = shlex.quote(str(path))
+    nodes, each = plan.nodes, plan.config.launcher.nproc
+    meeting = "--standalone" if nodes == 1 else "--rdzv-backend=c10d --rdzv-endpoint=<first node>:29500"
+    torchrun = f"torchrun --nnodes={nodes} --nproc-per-node={each} {meeting} -m dist_llm train --config {file}"
+    return [f"dist-llm launch --config {file}", torchrun]
 
 
 def _draw(plan: Plan, folder: Path) -> list[str]:
@@ -103,7 +135,8 @@ def _text(data: Mapping[str, Any]) -> str:
             f"  {each['step_seconds']:8.3f} s  MFU {100 * each['mfu']:4.1f} %  {each['memory_gib']['peak']:6.1f} GiB  "
             f"{each['name']}"
         )
-    lines += [f"written: {data['written']}"] if "written" in data else []
+    if "written" in data:
+        lines += [f"written: {data['written']}", *(f"    {command}" for command in data["commands"])]
     lines += [f"drawn: {path}" for path in data.get("pictures", ())]
     return "\n".join(lines)
 

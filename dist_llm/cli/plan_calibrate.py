@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ should differ in what they are bound by: a wide model, a narrow one, tensor rank
 --hold-out names runs that are predicted and not fitted."""
 
 FEWEST_STEPS = 4
+FEWEST_JUDGED = 5
+"""Runs that must be held out for the hardware file to say how far off its steps are."""
 
 
 def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +54,8 @@ def calibrate_runs(arguments: argparse.Namespace) -> Answer:
             raise ConfigError([Violation(f"{each.name}: cluster.device", each.config.cluster.device, rule)])
     found = calibrate(cluster, fitted)
     blind = {each.name: predicted_seconds(each, found.cluster) / each.step_seconds - 1 for each in others}
-    named = found.cluster.model_copy(update={"source": f"calibrated on {len(fitted)} runs, from {cluster.name}"})
+    source = f"calibrated on {len(fitted)} runs, from {cluster.name}"
+    named = found.cluster.model_copy(update={"source": source, "step_error": _step_error([*blind.values()])})
     data: dict[str, object] = {
         "cluster": named.model_dump(mode="json"),
         "figures": {name: {"before": before, "after": after} for name, (before, after) in found.moved.items()},
@@ -72,6 +76,13 @@ def calibrate_runs(arguments: argparse.Namespace) -> Answer:
         data["written"] = str(arguments.write)
         lines.append(f"written: {arguments.write}")
     return Answer("\n".join(lines), data)
+
+
+def _step_error(errors: list[float]) -> float | None:
+    """Return within what nine of ten runs that were not fitted were foretold; None with fewer than FEWEST_JUDGED."""
+    if len(errors) < FEWEST_JUDGED:
+        return None
+    return round(min(0.99, max(0.001, sorted(map(abs, errors))[math.ceil(0.9 * len(errors)) - 1])), 3)
 
 
 def _row(observation: Observation, before: float | None, after: float) -> dict[str, object]:

@@ -56,6 +56,7 @@ def describe(plan: Plan, top: int) -> dict[str, Any]:
         "step_seconds": plan.best.step.seconds,
         "mfu": plan.best.step.mfu,
         "days": spending.days,
+        "days_interval": _days_interval(plan),
         "gpu_hours": spending.device_hours,
         "usd": spending.usd,
         "kilowatt_hours": spending.kilowatt_hours,
@@ -136,7 +137,9 @@ def _shape(plan: Plan, index: int) -> dict[str, Any]:
 def _why_size(plan: Plan) -> tuple[str, str]:
     size, (params, tokens) = plan.size, spread_of(plan.compared)
     loss = "" if size.loss is None else f", loss {size.loss:.4f}"
-    choice = f"{plan.shape.num_params:,} parameters on {plan.tokens:,} tokens{loss}"
+    shape, moe = plan.shape, plan.config.model.moe
+    active = f" ({shape.active_params:,} a token: {moe.top_k} of {moe.num_experts} experts)" if moe.num_experts else ""
+    choice = f"{shape.num_params:,} parameters{active} on {plan.tokens:,} tokens{loss}"
     others = f"; the laws of the Chinchilla runs say {params[0]:.3g} to {params[1]:.3g} and {tokens[0]:.3g} to "
     why = f"{size.why}{_why_repeats(plan)}{others}{tokens[1]:.3g}"
     if plan.shape.active_params != plan.shape.num_params:
@@ -204,6 +207,12 @@ def _why_layout(plan: Plan) -> tuple[str, str]:
     return choice, why
 
 
+def _days_interval(plan: Plan) -> tuple[float, float] | None:
+    """Return between how many days nine of ten such plans would end, where the cluster's steps have been compared."""
+    error, days = plan.request.cluster.step_error, plan.spending.days
+    return None if error is None else (days / (1 + error), days / (1 - error))
+
+
 def _why_spending(plan: Plan) -> list[tuple[str, str]]:
     spending, cluster = plan.spending, plan.request.cluster
     found = spending.reliability
@@ -213,7 +222,7 @@ def _why_spending(plan: Plan) -> list[tuple[str, str]]:
     )
     price = (
         f"{cluster.usd_per_device_hour:g} USD an hour and {cluster.watts_per_device:g} W a device of {cluster.name}; "
-        f"steps advance in {found.goodput:.1%} of the time"
+        f"steps advance in {found.goodput:.1%} of the time; {_said_error(plan)}"
     )
     saves = f"a checkpoint every {plan.config.checkpoint.interval} steps"
     failures = (
@@ -221,6 +230,14 @@ def _why_spending(plan: Plan) -> list[tuple[str, str]]:
         f"save takes {spending.save_seconds:.2g} s (Daly 2006)"
     )
     return [(cost, price), (saves, failures)]
+
+
+def _said_error(plan: Plan) -> str:
+    """Return how far off the time may be."""
+    interval = _days_interval(plan)
+    if interval is None:
+        return "no measured steps of this hardware were compared, so how far off this is is not known"
+    return f"by measured steps of this hardware {interval[0]:.3g} to {interval[1]:.3g} days, nine times in ten"
 
 
 def _said(number: float) -> str:

@@ -38,7 +38,7 @@ from dist_llm.planner.sizing import Size, choose_size, compared_laws, size_of_mo
 from dist_llm.planner.spending import Spending, spend
 
 CLOSE = 0.01
-"""How near a budget of device-hours or money is met."""
+"""Part of a budget of device-hours or money that may be left over; none is overdrawn."""
 
 IDLE = 0.15
 """What halving the data ranks is worth, in ln of the batch: it is made up for by tensor or pipeline ranks."""
@@ -89,14 +89,10 @@ class Plan:
 
 def make_plan(request: PlanRequest, law: Law) -> Plan:
     """Return the plan of a request. Raises ConfigError with what cannot be, and what comes nearest."""
-    budget = request.budget
-    given = {name: value for name, value in budget.model_dump().items() if value is not None}
-    if len(given) != 1:
-        raise refuse_budget(given)
-    if broken := [*refuse_machines(request)]:
+    if broken := check_request(request):
         raise ConfigError(broken)
-    if budget.flops is not None:
-        plan = _plan_flops(request, law, budget.flops)
+    if request.budget.flops is not None:
+        plan = _plan_flops(request, law, request.budget.flops)
     else:
         plan = _plan_hours(request, law)
     if plan.spending.reliability.goodput < LEAST_GOODPUT:
@@ -104,6 +100,12 @@ def make_plan(request: PlanRequest, law: Law) -> Plan:
     if plan.spending.days > MOST_DAYS:
         raise refuse_years(request, plan.spending.days, plan.flops, lambda less: _draft_of(request, law, less))
     return plan
+
+
+def check_request(request: PlanRequest) -> list[Violation]:
+    """Return what is wrong with a request before anything is planned."""
+    given = {name: value for name, value in request.budget.model_dump().items() if value is not None}
+    return [*refuse_budget(given), *refuse_machines(request)]
 
 
 def _plan_hours(request: PlanRequest, law: Law) -> Plan:
@@ -118,16 +120,16 @@ def _plan_hours(request: PlanRequest, law: Law) -> Plan:
     devices = _machines(request)[1]
     if hours > MOST_DAYS * 24 * devices:
         raise refuse_hours(request, hours / (24 * devices))
-    flops = hours * 3600 * peak_flops_per_second(request) * 0.4
+    flops, aim = hours * 3600 * peak_flops_per_second(request) * 0.4, hours * (1 - CLOSE / 2)
     low, high, best, slope, before = 0.0, math.inf, None, 1.0, None
     for _ in range(MOST_ROUNDS):
         plan = _plan_flops(request, law, flops)
-        apart = hours / plan.spending.device_hours
-        if apart >= 1 - CLOSE:
+        apart = aim / plan.spending.device_hours
+        if apart >= 1 - CLOSE / 2:
             low, best = flops, plan
         else:
             high = flops
-        if abs(apart - 1) <= CLOSE or not apart or high < (1 + CLOSE) * low:
+        if abs(apart - 1) <= CLOSE / 2 or not apart or high < (1 + CLOSE / 2) * low:
             break
         if before is not None:
             # Larger models use devices better: hours grow as a power of FLOPs.

@@ -31,15 +31,15 @@ DraftOf = Callable[[float], RunConfig]
 """The run, not yet split, of so many training FLOPs."""
 
 
-def refuse_budget(given: Mapping[str, float]) -> ConfigError:
-    """Return the error of a request with no budget, or with several."""
+def refuse_budget(given: Mapping[str, float]) -> Iterator[Violation]:
+    """Yield what is wrong with a request that has no budget, or several."""
     if not given:
         rule = "must be given, or budget.gpu_hours or budget.usd: a plan starts from what may be spent"
-        return ConfigError([Violation("budget.flops", None, rule, (1e21,))])
-    names = " and ".join(f"budget.{name}" for name in given)
-    return ConfigError(
-        [Violation(f"budget.{name}", value, f"is one of {names}: give one") for name, value in given.items()]
-    )
+        yield Violation("budget.flops", None, rule, (1e21,))
+    if len(given) > 1:
+        names = " and ".join(f"budget.{name}" for name in given)
+        for name, value in given.items():
+            yield Violation(f"budget.{name}", value, f"is one of {names}: give one")
 
 
 def refuse_machines(request: PlanRequest) -> Iterator[Violation]:
