@@ -13,6 +13,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c '$(FITS)' 2>/dev/null && { echo "$$p"; exit; }; done; echo python3)
 # Optional: the folder of published tables that `make foresight` reads; they are not part of this repository.
 ANCHORS ?=
+# Optional: anything, for `make foresight` to calibrate and to train a ladder on this machine.
+MACHINE ?=
 # Optional: an index that serves CPU builds of torch. Without it pip takes what its own settings offer.
 TORCH_INDEX ?=
 
@@ -70,15 +72,8 @@ bench: setup ## time answers that train nothing and training steps over layouts,
 	@$(BIN)/python benchmarks/step.py
 	@$(BIN)/python benchmarks/bubble.py
 
-foresight: setup ## compare the planner's predictions with published tables (ANCHORS=<folder that holds them>)
-ifeq ($(ANCHORS),)
-	@echo "foresight: ANCHORS names no folder of published tables: only figures typed from papers are checked"
-	@$(BIN)/python -m pytest -q tests/planner -m "not slow" --ignore tests/planner/test_solver.py
-else
-	@$(BIN)/python benchmarks/foresight_laws.py '$(ANCHORS)'
-	@$(BIN)/python benchmarks/foresight_step_time.py '$(ANCHORS)'
-	@$(BIN)/python benchmarks/foresight_memory.py '$(ANCHORS)'
-endif
+foresight: setup ## how good predictions are: against papers, tables (ANCHORS=<folder>), runs here (MACHINE=1: an hour)
+	@$(BIN)/python -m benchmarks.foresight $(if $(ANCHORS),'$(ANCHORS)') $(if $(MACHINE),--machine)
 
 golden: setup ## regenerate the golden curves and collectives of tests (review the diff)
 	@$(BIN)/python tests/golden/regenerate.py
