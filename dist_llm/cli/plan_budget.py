@@ -48,6 +48,8 @@ def budget(arguments: argparse.Namespace) -> Answer:
     from dist_llm.planner.law_file import find_law
     from dist_llm.planner.plan import make_plan
 
+    if arguments.top < 1:
+        raise ConfigError([Violation("--top", arguments.top, "must be at least 1", (5,))])
     composed = compose_request(arguments.overrides)
     decoded = decode_as(PlanRequest, composed.tree)
     if problems := [*composed.violations, *map(_as_typed, decoded.violations)]:
@@ -58,7 +60,7 @@ def budget(arguments: argparse.Namespace) -> Answer:
         if not any(word.lstrip("+").startswith("cluster=") for word in arguments.overrides):
             error.add_note("no cluster is given, so this is of cluster=cpu: try cluster=h100-sxm cluster.nodes=8")
         raise
-    data = describe(plan, max(1, arguments.top))
+    data = describe(plan, arguments.top)
     if arguments.write is not None:
         _write(plan, arguments.write)
         data |= {"written": str(arguments.write), "commands": _commands(plan, arguments.write)}

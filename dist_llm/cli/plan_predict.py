@@ -118,10 +118,10 @@ def _overrides(line: str) -> Mapping[str, object]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a file that hold something; what is no text in them as U+FFFD."""
+    """Yield the lines of a file, for an answer each; what is no text in them as U+FFFD."""
     try:
         with path.open(encoding="utf-8-sig", errors="replace") as file:
-            yield from (line for line in file if line.strip())
+            yield from file
     except (FileNotFoundError, IsADirectoryError) as error:
         raise ConfigError([Violation("--rows", str(path), "is no file")]) from error
     except OSError as error:

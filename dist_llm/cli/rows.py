@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ _FAMILIES = {"gpt2": "gpt2-124m", "llama": "llama2-7b"}
 _LITERAL = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?|true|false|null", re.IGNORECASE)
 """Text that JSON's grammar has a number, switch or null for."""
 
-_SIZES = ("num_layers", "hidden_size")
+_SIZES = ("num_layers", "hidden_size", "family")
+"""Settings that make a model without a preset."""
 _VOCAB = 51200
 
 _UNASKED = OF_THIS_MACHINE | {rule.name for rule in ENGINE_RULES}
@@ -74,9 +75,17 @@ def read_row(overrides: Mapping[str, object], file: Path | None = None) -> tuple
     if problems := [*violations, *decoded.violations]:
         raise ConfigError(problems)
     ranks = ranks_of(decoded.config, settings)
-    if broken := check_plan(decoded.config, ranks):
+    if broken := [*_too_many(decoded.config, ranks), *check_plan(decoded.config, ranks)]:
         raise ConfigError(broken)
     return decoded.config, ranks
+
+
+def _too_many(config: RunConfig, ranks: int) -> Iterator[Violation]:
+    """Yield what is wrong where a row gives a cluster's nodes and more ranks than they have devices."""
+    nodes, each = config.cluster.nodes, config.cluster.devices_per_node
+    if config.cluster.device == "cuda" and nodes is not None and each is not None and ranks > nodes * each:
+        rule = f"have {nodes * each} devices for {ranks} ranks"
+        yield Violation("cluster.nodes", nodes, rule, (-(-ranks // each),))
 
 
 def check_plan(config: RunConfig, ranks: int) -> list[Violation]:

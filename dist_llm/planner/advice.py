@@ -198,7 +198,8 @@ def _why_batch(plan: Plan) -> tuple[str, str]:
 
 def _why_layout(plan: Plan) -> tuple[str, str]:
     best, ranking = plan.best, plan.ranking
-    choice = f"{best.name} on {plan.nodes} nodes: {best.step.seconds:.3g} s a step, MFU {100 * best.step.mfu:.1f} %"
+    nodes = f"{plan.nodes} node{'' if plan.nodes == 1 else 's'}"
+    choice = f"{best.name} on {nodes}: {best.step.seconds:.3g} s a step, MFU {100 * best.step.mfu:.1f} %"
     why = (
         f"the fastest of {len(ranking.fitting)} that fit in {FULL:.0%} of {plan.request.cluster.memory_gib:g} GiB "
         f"(of {ranking.proposed} weighed); its fullest device needs {best.peak_gib:.1f} GiB, and its step is bound by "

@@ -48,12 +48,15 @@ def test_a_bad_row_is_answered_with_its_error(tmp_path: Path, capsys: pytest.Cap
         json.dumps({"overrides": GPT | {"cluster": "a100"}}),
         json.dumps({"overrides": GPT | {"data.global_batch": -1}}),
         json.dumps({"overrides": GPT | {"model.num_layers": "many"}}),
+        json.dumps({"overrides": GPT | {"cluster.nodes": 2, "parallel.data": 32}}),
         json.dumps(["overrides"]),
         "{",
+        "",
     ]
     good = json.dumps({"overrides": GPT})
     found = answers(tmp_path, capsys, [*bad, good])
-    named = ("parallel.tensor=5", "model.num_heads", "a100-80gb", "data.global_batch=-1", "model.num_layers", "", "")
+    named = ("parallel.tensor=5", "model.num_heads", "a100-80gb", "data.global_batch=-1", "model.num_layers")
+    named += ("cluster.nodes=2 have 16 devices for 32 ranks; use 4", "", "", "")
     for answer, words in zip(found, named, strict=False):
         assert answer.keys() == {"error"}
         assert words in answer["error"]
