@@ -18,7 +18,7 @@ _EPILOG = """\
 Each line of a file of rows is {"overrides": {KEY: VALUE, ...}} with presets (cluster, model, precision, parallel, ...)
 and settings (model.num_layers, parallel.tensor, ...) as keys. It is answered with a line of JSON in the same order:
 step_seconds, seconds by component, tokens_per_second, mfu, bound_by, ranks, nodes, memory_gib and fits (whether its
-peak is within its capacity); or {"error": ...}.
+peak is within its capacity); or {"error": ...}. Of a single config that does not fit, would_fit says what would.
 In memory_gib, peak is what nvidia-smi shows on the pipeline rank that needs the most, allocated is what torch's
 max_memory_allocated says there, and ranks has both for every pipeline rank.
 A row, or a command, that gives sizes without a model preset means a model of model.family (gpt2 unless given) with
@@ -59,6 +59,10 @@ def predict(arguments: argparse.Namespace) -> Answer:
         return Answer("\n".join(json.dumps(answer) for answer in answers), is_json=True)
     config, ranks = read_row(common, arguments.config_file)
     data = answer_config(config, ranks)
+    if not data["fits"]:
+        from dist_llm.planner.fit_memory import say_remedies
+
+        data["would_fit"] = say_remedies(config, ranks, config.cluster.memory_gib)
     return Answer(_text(data), data)
 
 
@@ -153,6 +157,9 @@ def _text(data: Mapping[str, Any]) -> str:
     )
     held = sorted(memory["components"].items(), key=lambda item: -item[1])
     lines += [f"  {name:<18} {size:10.4g} GiB" for name, size in held if size]
+    if not data["fits"]:
+        what = data["would_fit"] or ["no layout of it on these devices: a smaller model, or devices with more memory"]
+        lines += ["would fit:", *(f"  {each}" for each in what)]
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ from dist_llm.config.rule import value_at, with_values
 from dist_llm.config.rules import divisors
 from dist_llm.config.run import RunConfig
 from dist_llm.errors import ConfigError, Violation
-from dist_llm.planner.footprint import GIB, Footprint, predict_memory
+from dist_llm.planner.footprint import GIB, predict_memory
 
 Change = tuple[tuple[str, object], ...]
 """Keys and the values that they are set to."""
@@ -63,23 +63,12 @@ def more_ranks(config: RunConfig, ranks: int, memory_gib: float, factor: int = 6
     return None
 
 
-def require_fit(config: RunConfig, ranks: int, memory_gib: float) -> Footprint:
-    """Return the footprint. Raises ConfigError that says what is too large and what would fit where a rank has less."""
-    found = predict_memory(config, ranks)
-    if found.fits(memory_gib):
-        return found
-    worst = found.worst
-    largest = getattr(worst.components, found.largest) / GIB
-    words = (
-        f"leaves pipeline rank {worst.pipeline_rank} short: it needs {worst.peak_bytes / GIB:.1f} GiB, "
-        f"{largest:.1f} of them for {found.largest}"
-    )
-    remedies: list[object] = list(plan_remedies(config, ranks, memory_gib))
-    if not remedies and (wider := more_ranks(config, ranks, memory_gib)) is not None:
-        remedies = [f"{wider.ranks} ranks with {wider}"]
-    if not remedies:
-        words += "; no layout of it on these devices fits: take a smaller model, or devices with more memory"
-    raise ConfigError([Violation("cluster.memory_gib", memory_gib, words, tuple(remedies))])
+def say_remedies(config: RunConfig, ranks: int, memory_gib: float) -> list[str]:
+    """Return what would fit, in words, the least change first; more ranks where nothing else is enough."""
+    found = [str(remedy) for remedy in plan_remedies(config, ranks, memory_gib)]
+    if not found and (wider := more_ranks(config, ranks, memory_gib)) is not None:
+        found = [f"{wider.ranks} ranks with {wider}"]
+    return found
 
 
 _COST = {"parallel.sequence": 0, "parallel.zero": 1, "data.microbatch": 2, "parallel.recompute": 3}
