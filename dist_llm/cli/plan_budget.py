@@ -102,7 +102,7 @@ def _write(plan: Plan, path: Path) -> None:
 def _commands(plan: Plan, path: Path) -> list[str]:
     """Return the ways to start a written plan: our launcher, and torchrun on every node."""
     file = shlex.quote(str(path))
-    nodes, each = plan.nodes, plan.config.launcher.nproc
+    nodes, each = plan.config.launcher.nodes, plan.config.launcher.nproc
     meeting = "--standalone" if nodes == 1 else "--rdzv-backend=c10d --rdzv-endpoint=<first node>:29500"
     torchrun = f"torchrun --nnodes={nodes} --nproc-per-node={each} {meeting} -m dist_llm train --config {file}"
     return [f"dist-llm launch --config {file}", torchrun]

@@ -35,6 +35,8 @@ class ClusterConfig(Section):
     """Kind of device; a run on another kind has no MFU."""
     devices_per_node: Count | None
     """Devices of a node; null: its usable cores. MFU counts these on CPU, and one device a rank on CUDA."""
+    devices_per_host: Count | None = None
+    """Devices that one operating system sees, where a node's links reach beyond it (a rack of GB200); null: all."""
     nodes: Count | None = None
     """Nodes that a plan may use; null: as many as the ranks take."""
     peak_tflops: PeakTflops

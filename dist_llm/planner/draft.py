@@ -42,7 +42,7 @@ def draft_config(
     sizes: tuple[int, int, int],
     machines: tuple[int, int],
 ) -> RunConfig:
-    """Return the run of a model, not yet split. sizes: sequences, their length, steps; machines: nodes, each.
+    """Return the run of a model, not yet split. sizes: sequences, their length, steps; machines: hosts, each.
 
     Optimizer and schedule are those of Llama 2 (Touvron et al. 2023), learning rate and batch those of a power law.
     """

@@ -83,8 +83,8 @@ class Plan:
 
     @property
     def nodes(self) -> int:
-        """Nodes that it runs on."""
-        return self.config.launcher.nodes
+        """Nodes that it runs on, of one or several hosts each."""
+        return _machines(self.request)[0]
 
 
 def make_plan(request: PlanRequest, law: Law) -> Plan:
@@ -169,13 +169,13 @@ def _plan_flops(request: PlanRequest, law: Law, flops: float) -> Plan:
 def _draft(request: PlanRequest, size: Size, shape: Shape) -> tuple[Recommendation, RunConfig]:
     """Return what is advised of the batch, and the run, not yet split."""
     seq_len = request.data.seq_len or min(4096, shape.model.max_seq_len)
-    nodes, devices = _machines(request)
+    devices = _machines(request)[1]
     batch = recommend(law_parameters(shape, embeddings=False), size.tokens, seq_len)
     sequences = request.data.global_batch or round_batch(batch.batch_sequences, devices)
     sizes = (sequences, seq_len, _steps(size, sequences * seq_len))
     if sizes[2] > MOST_STEPS:
         raise refuse_batch_of(request, sequences, sizes[2])
-    return batch, draft_config(request, shape.model, batch, sizes, (nodes, devices // nodes))
+    return batch, draft_config(request, shape.model, batch, sizes, _hosts(request))
 
 
 def _draft_of(request: PlanRequest, law: Law, flops: float) -> RunConfig:
@@ -259,6 +259,13 @@ def _machines(request: PlanRequest) -> tuple[int, int]:
     """Return nodes and devices."""
     nodes = request.cluster.nodes or 1
     return nodes, nodes * node_devices(request.cluster)
+
+
+def _hosts(request: PlanRequest) -> tuple[int, int]:
+    """Return the hosts on which ranks are started, and how many on each."""
+    nodes, devices = _machines(request)
+    each = request.cluster.devices_per_host or devices // nodes
+    return devices // each, each
 
 
 def round_batch(sequences: float, devices: int) -> int:

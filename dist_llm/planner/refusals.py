@@ -9,8 +9,10 @@ from itertools import islice
 from dist_llm.config.checks import OF_THIS_MACHINE, RULES, check
 from dist_llm.config.operations import LauncherConfig
 from dist_llm.config.request import PlanRequest
+from dist_llm.config.rules import divisors
 from dist_llm.config.run import RunConfig
 from dist_llm.errors import ConfigError, Violation
+from dist_llm.planner.cost.step import node_devices
 from dist_llm.planner.proposals import propose_layouts
 from dist_llm.planner.ranking import FULL, Ranking, holds
 from dist_llm.planner.shapes import MOST_LAYERS, Shape
@@ -44,13 +46,17 @@ def refuse_budget(given: Mapping[str, float]) -> Iterator[Violation]:
 
 def refuse_machines(request: PlanRequest) -> Iterator[Violation]:
     """Yield what of the machines no launcher starts ranks on."""
-    nodes = request.cluster.nodes or 1
+    nodes, each = request.cluster.nodes or 1, node_devices(request.cluster)
+    host = request.cluster.devices_per_host or each
+    if each % host:
+        rule = f"must divide the {each} devices of a node"
+        yield Violation("cluster.devices_per_host", host, rule, tuple(n for n in divisors(each) if n <= host)[-1:])
     bounds = LauncherConfig.model_fields["nodes"].metadata
     most = next(bound.le for bound in bounds if hasattr(bound, "le"))
     if nodes > most:
         yield Violation("cluster.nodes", nodes, f"must be at most {most}", (most,))
-    if nodes > 1 and request.launcher == "local":
-        yield Violation("launcher", "local", f"starts ranks on one node, and there are {nodes}", ("slurm",))
+    if (hosts := nodes * each // host) > 1 and request.launcher == "local":
+        yield Violation("launcher", "local", f"starts ranks on one host, and there are {hosts}", ("slurm",))
 
 
 def refuse_years(request: PlanRequest, days: float, flops: float, draft_of: DraftOf) -> ConfigError:
@@ -168,7 +174,7 @@ def refuse_memory(request: PlanRequest, shape: Shape, ranking: Ranking, flops: f
 
 def _holding(draft: RunConfig, nodes: Iterable[int]) -> tuple[int, ...]:
     """Return the first of these numbers of nodes that holds a run, if any does."""
-    each = draft.launcher.nproc
+    each = node_devices(draft.cluster)
     return tuple(islice((n for n in nodes if holds(draft, n * each)), 1))
 
 

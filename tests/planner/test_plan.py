@@ -103,6 +103,15 @@ def test_the_written_config_trains_what_was_planned(plan: Plan, tmp_path: Path) 
     assert main(["launch", "--dry-run", "--config", str(path)]) == ExitCode.DONE
 
 
+def test_a_node_of_several_hosts_has_its_ranks_started_on_each(plan: Plan, tmp_path: Path) -> None:
+    """A rack of GB200 is one domain of NVLink and 18 hosts."""
+    path = tmp_path / "plan.yaml"
+    plan("budget.flops=1e21", "cluster=gb200", "cluster.nodes=2", "--write", str(path))
+    launcher = decode(yaml.safe_load(path.read_text())).launcher
+    assert (launcher.name, launcher.nodes, launcher.nproc) == ("slurm", 36, 4)
+    assert main(["launch", "--dry-run", "--config", str(path)]) == ExitCode.DONE
+
+
 def test_pictures_are_drawn(plan: Plan, tmp_path: Path) -> None:
     found = plan("budget.flops=1e19", *CLUSTER, "--pictures", str(tmp_path / "drawn"))
     assert [Path(path).name for path in found["pictures"]] == ["isoflop.png", "layouts.png"]
