@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
 from dist_llm import __version__
-from dist_llm.cli import bench, checkpoint, config, data, doctor, generate, launch, plan, train, verify
+from dist_llm.cli import bench, checkpoint, config, data, doctor, generate, launch, plan, report, train, verify
 from dist_llm.cli.exit import execute, preemptible, report_error
 from dist_llm.cli.parse import Command, parse_arguments
 from dist_llm.cli.say import drop_unwritable_streams, say_on_stdout
@@ -25,6 +25,7 @@ COMMANDS: Mapping[str, Command | Group] = {
     "data": data.COMMANDS,
     "checkpoint": checkpoint.COMMANDS,
     "generate": generate.GENERATE,
+    "report": report.REPORT,
     "plan": plan.COMMANDS,
     "bench": bench.COMMANDS,
     "config": config.COMMANDS,

@@ -23,21 +23,20 @@ class DeviceMemory:
 
 
 FRAGMENTATION = 0.08
-_NONE = DeviceMemory(0, 0.0, 0)
 
 _HOPPER_TFLOPS = 500.0
 """Devices with a higher peak in bf16 are Hopper's and later, for which cuBLAS wants 32 MiB instead of 4 or 8."""
 
 
 def device_memory(config: RunConfig) -> DeviceMemory:
-    """Return the figures of a config's cluster; a CPU has none of this.
+    """Return the figures of a config's cluster; a CPU has the process alone.
 
     Workspace: cuBLAS and cuBLASLt through torch, Transformer Engine's own; two of 32 MiB under deterministic algorithms
     (`CUBLAS_WORKSPACE_CONFIG=:4096:8`). Reserve and fragmentation: as seen by nvidia-smi over a process of Megatron's
     size (tensor, pipeline, data and embedding groups of NCCL).
     """
     if config.cluster.device == "cpu":
-        return _NONE
+        return DeviceMemory(int(config.cluster.reserve_gib * _GIB), 0.0, 0)
     late = config.cluster.peak_tflops.bf16 > _HOPPER_TFLOPS
     workspace = (112 if late else 80) if config.run.deterministic else (104 if late else 32)
     return DeviceMemory(int(config.cluster.reserve_gib * _GIB), FRAGMENTATION, workspace * _MIB)

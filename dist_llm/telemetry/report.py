@@ -48,13 +48,12 @@ def write_report(run_dir: Path) -> Path:
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     source = files("dist_llm.telemetry").joinpath("report.html.j2").read_text(encoding="utf-8")
-    steps = read_metrics(run_dir)
     events = read_lines(run_dir / EVENTS_FILE)
     picture = run_dir / PICTURE_FILE
     page = environment.from_string(source).render(
         name=run_dir.name,
         state=_state(events),
-        figures=[*_figures(steps), *_foretold(steps, _prediction(run_dir / PREDICTION_FILE))],
+        figures=run_figures(run_dir),
         picture=base64.b64encode(picture.read_bytes()).decode() if picture.is_file() else "",
         sample=_text(run_dir / SAMPLE_FILE),
         events=[_row(event) for event in events[-_SHOWN_EVENTS:]],
@@ -64,6 +63,50 @@ def write_report(run_dir: Path) -> Path:
     path = run_dir / REPORT_FILE
     write_whole(path, page)
     return path
+
+
+@dataclass(frozen=True)
+class Foretold:
+    """What was foretold of a run and what was measured, in the same unit."""
+
+    foretold: float
+    measured: float
+
+    @property
+    def error(self) -> float:
+        """Foretold over measured, less one."""
+        return self.foretold / self.measured - 1
+
+
+def run_figures(run_dir: Path) -> list[Figure]:
+    """Return the numbers of a run, and those that were foretold of it."""
+    labels = {
+        "step_seconds": ("foretold step", "s"),
+        "memory_gib": ("foretold memory", "GiB"),
+        "loss": ("foretold loss", "nats"),
+    }
+    found = _figures(read_metrics(run_dir))
+    for name, each in compare_foretold(run_dir).items():
+        label, unit = labels[name]
+        found.append(Figure(label, f"{each.foretold:.3g} {unit}", f"{each.error:+.0%} of {each.measured:.3g}"))
+    return found
+
+
+def compare_foretold(run_dir: Path) -> dict[str, Foretold]:
+    """Return `step_seconds`, `memory_gib` and `loss` of a run, as far as they were foretold and measured."""
+    steps, prediction = read_metrics(run_dir), _prediction(run_dir / PREDICTION_FILE)
+    seconds = [line.step_seconds for line in steps if line.step_seconds]
+    losses = [line.loss for line in steps if line.loss][-20:]
+    measured = {
+        "step_seconds": median(seconds[len(seconds) // 4 :]) if seconds else None,
+        "memory_gib": max((line.memory_gib for line in steps if line.memory_gib), default=None),
+        "loss": sum(losses) / len(losses) if losses else None,
+    }
+    return {
+        name: Foretold(prediction[name], real)
+        for name, real in measured.items()
+        if real is not None and name in prediction
+    }
 
 
 def _figures(steps: list[MetricsLine]) -> list[Figure]:
@@ -100,24 +143,6 @@ def _prediction(path: Path) -> dict[str, float]:
         return {}
     numbers = found.items() if isinstance(found, dict) else ()
     return {name: float(value) for name, value in numbers if isinstance(value, int | float) and value > 0}
-
-
-def _foretold(steps: list[MetricsLine], prediction: dict[str, float]) -> list[Figure]:
-    """Return what was foretold of step time, memory and loss, with how far it is from what was measured."""
-    seconds = [line.step_seconds for line in steps if line.step_seconds]
-    memory = [line.memory_gib for line in steps if line.memory_gib]
-    losses = [line.loss for line in steps if line.loss][-20:]
-    measured = {
-        "step_seconds": ("foretold step", "s", median(seconds[len(seconds) // 4 :]) if seconds else None),
-        "memory_gib": ("foretold memory", "GiB", max(memory, default=None)),
-        "loss": ("foretold loss", "nats", sum(losses) / len(losses) if losses else None),
-    }
-    found = []
-    for name, (label, unit, real) in measured.items():
-        if name in prediction and real is not None:
-            value = prediction[name]
-            found.append(Figure(label, f"{value:.3g} {unit}", f"{value / real - 1:+.0%} of {real:.3g}"))
-    return found
 
 
 def _state(events: list[dict[str, object]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from dist_llm.config.run import RunConfig
@@ -32,7 +33,13 @@ def write_prediction(config: RunConfig, ranks: int, run_dir: Path) -> None:
         "step_seconds": step.seconds,
         "components": dict(step.components),
         "memory_gib": memory.ranks[0].peak_bytes / GIB,
-        "loss": PUBLISHED[DEFAULT_LAW].loss(active_parameters(config.model), tokens) if tokens else None,
+        "loss": _loss(config, tokens),
         "law": DEFAULT_LAW,
     }
     write_whole(run_dir / PREDICTION_FILE, json.dumps(found, indent=2) + "\n")
+
+
+def _loss(config: RunConfig, tokens: int) -> float | None:
+    """Return the loss that the default law foretells; None where it says more than that of guessing, ln(vocabulary)."""
+    loss = PUBLISHED[DEFAULT_LAW].loss(active_parameters(config.model), tokens) if tokens else None
+    return loss if loss is not None and loss < math.log(config.model.vocab_size) else None

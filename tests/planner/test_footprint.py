@@ -153,9 +153,12 @@ def test_what_is_told_adds_up() -> None:
     assert not found.fits(0.999 * found.peak_bytes / GIB)
 
 
-def test_a_cpu_holds_tensors_alone() -> None:
-    components = predict_memory(tiny_config(), 1).worst.components
-    assert components.reserved == components.allocated == components.static + components.activations + components.logits
+def test_a_cpu_holds_tensors_and_the_process() -> None:
+    config = tiny_config()
+    components = predict_memory(config, 1).worst.components
+    assert components.reserve == config.cluster.reserve_gib * GIB
+    assert components.reserved - components.reserve == components.allocated
+    assert components.allocated == components.static + components.activations + components.logits
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev"])
