@@ -22,8 +22,8 @@ from pathlib import Path
 BUDGETS, RUNS = "1.5e12:1.27e13", 12
 HELD_OUT = "5.5e13"
 COMMON = (
-    "model=llama-tiny model.vocab_size=512 model.max_seq_len=64 data.seq_len=64 data.microbatch=32 "
-    "data.global_batch=32 data.max_corpus_mib=64 data.validation_fraction=0.005 "
+    "model=llama-tiny model.vocab_size=512 model.max_seq_len=64 data.seq_len=64 data.microbatch=16 "
+    "data.global_batch=16 data.max_corpus_mib=64 data.validation_fraction=0.005 "
     "telemetry.tensorboard=false telemetry.picture=false checkpoint.interval=0"
 )
 

@@ -74,7 +74,7 @@ def read_row(overrides: Mapping[str, object], file: Path | None = None) -> tuple
     decoded = decode_partly(tree)
     if problems := [*violations, *decoded.violations]:
         raise ConfigError(problems)
-    ranks = ranks_of(decoded.config, settings)
+    ranks = ranks_of(decoded.config, settings if file is None else {**settings, "launcher.nproc": None})
     if broken := [*_too_many(decoded.config, ranks), *check_plan(decoded.config, ranks)]:
         raise ConfigError(broken)
     return decoded.config, ranks
@@ -95,7 +95,10 @@ def check_plan(config: RunConfig, ranks: int) -> list[Violation]:
 
 
 def ranks_of(config: RunConfig, settings: Mapping[str, object]) -> int:
-    """Return the ranks of a config: its axes' product, with data from the launcher's or the cluster's nodes, or 1."""
+    """Return the ranks of a config: its axes' product, with data from the launcher or the cluster's nodes, or 1.
+
+    settings: what was said; the launcher counts where something of it was.
+    """
     parallel, cluster, launcher = config.parallel, config.cluster, config.launcher
     if parallel.data is not None:
         return parallel.data * parallel.model_ranks

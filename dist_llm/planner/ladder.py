@@ -23,6 +23,7 @@ from dist_llm.config.run import RunConfig
 from dist_llm.errors import ConfigError, Violation
 from dist_llm.planner.batch_laws import recommend
 from dist_llm.planner.laws import Law
+from dist_llm.planner.shapes import usual_aspect
 
 AROUND_BEST = (1.0, 1 / 2, 2.0, 1 / 1.4, 1.4)
 """Sizes of a ladder's runs over the best of their budget, in turn."""
@@ -31,11 +32,15 @@ FEWEST_SIZES = 5
 """Sizes at each budget of an IsoFLOP sweep."""
 MOST_LEARNING_RATE = 1e-2
 """The laws were fitted above 50M parameters; below, they ask for more than small models bear."""
-FEWEST_STEPS = 200
-"""The batch is made smaller where a run would have fewer steps."""
+ENOUGH_STEPS, FEWEST_STEPS = 2000, 50
+"""The batch is made smaller where a run would have fewer steps than the first, for the laws' batches are too large for
+runs so short: of 2M to 10M tokens, 4096 a step end 3 to 5 % above 2048. With fewer than the second there is no run."""
 WARMUP_SHARE = 0.05
-ASPECT, WIDEST_ASPECT = 48, 4
-"""hidden_size / num_layers that shapes come near to where several fit, and how many times off it they may be."""
+WIDEST_ASPECT = 4
+"""How many times off the usual hidden_size / num_layers shapes may be (shapes.usual_aspect)."""
+ASPECT_WEIGHT = 0.5
+"""How much being off it counts against being off the size: a jump in depth is a jump in loss, and tokens make up for
+the size."""
 STEP = 16
 SHAPE_KEYS = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "ffn_hidden_size")
 
@@ -107,14 +112,13 @@ def _shapes(base: ModelConfig, most_params: float) -> Iterator[tuple[ModelConfig
     """Yield shapes of the base's family up to twice `most_params`, with their parameters."""
     for hidden, heads in _widths(base.head_width):
         for layers in range(2, 129):
-            if not 1 / WIDEST_ASPECT <= hidden / layers / ASPECT <= WIDEST_ASPECT:
-                continue
             model = _resized(base, layers, hidden, heads)
             params = num_parameters(model.model_copy(update={"num_layers": 1}))
             params += (num_parameters(model.model_copy(update={"num_layers": 2})) - params) * (layers - 1)
             if params > 2 * most_params:
                 break
-            yield model, params
+            if 1 / WIDEST_ASPECT <= hidden / layers / usual_aspect(params) <= WIDEST_ASPECT:
+                yield model, params
 
 
 def _widths(head_width: int) -> Iterator[tuple[int, int]]:
@@ -141,8 +145,8 @@ def _nearest(shapes: list[tuple[ModelConfig, int]], num_params: float) -> tuple[
 
     def distance(shape: tuple[ModelConfig, int]) -> float:
         model, params = shape
-        aspect = model.hidden_size / model.num_layers / ASPECT
-        return abs(math.log(params / num_params)) + 0.1 * abs(math.log(aspect))
+        aspect = model.hidden_size / model.num_layers / usual_aspect(params)
+        return abs(math.log(params / num_params)) + ASPECT_WEIGHT * abs(math.log(aspect))
 
     return min(shapes, key=distance)
 
@@ -155,12 +159,12 @@ def _plan_run(base: RunConfig, ranks: int, shape: tuple[ModelConfig, int], flops
     fill = data * base.data.microbatch
     advice = recommend(params - sum(spec.numel for spec in embedding_parameters(model)), tokens, seq_len)
     batch = statistics.median(each.batch_tokens for each in advice.each) / seq_len
-    batch = max(1, round(min(batch, tokens / seq_len / FEWEST_STEPS) / fill)) * fill
+    batch = max(1, round(min(batch, tokens / seq_len / ENOUGH_STEPS) / fill)) * fill
     steps = round(tokens / seq_len / batch)
-    if steps < FEWEST_STEPS / 4:
+    if steps < FEWEST_STEPS:
         rule = f"gives a run of {params} parameters only {steps} steps of {fill} sequences of {seq_len} tokens"
         raise ConfigError(
-            [Violation("--flops", f"{flops:.3g}", rule, (f"{flops * FEWEST_STEPS / max(1, steps):.1e}",))]
+            [Violation("--flops", f"{flops:.3g}", rule, (f"{4 * flops * FEWEST_STEPS / max(1, steps):.1e}",))]
         )
     rate = min(MOST_LEARNING_RATE, statistics.median(each.learning_rate for each in advice.each))
     overrides = {

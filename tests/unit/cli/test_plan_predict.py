@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
+from dist_llm.cli.compose import compose
 from dist_llm.cli.main import main
 from dist_llm.cli.rows import read_row
+from dist_llm.config.decode import decode
+from dist_llm.config.document import render_document
 from dist_llm.errors import ConfigError, ExitCode
 
 GPT: dict[str, object] = {
@@ -97,6 +100,13 @@ def test_a_written_plan_is_foretold(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert json.loads(capsys.readouterr().out)["step_seconds"] == pytest.approx(plan["step_seconds"])
     assert main(["plan", "predict", "--config", file, "parallel.recompute=full", "--json"]) == ExitCode.DONE
     assert json.loads(capsys.readouterr().out)["step_seconds"] > plan["step_seconds"]
+
+
+def test_ranks_of_a_config_file_are_its_launchers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(render_document(decode(compose(["model=llama-tiny", "launcher.nproc=2", "parallel.zero=3"]))))
+    assert main(["plan", "predict", "--config", str(file), "--json"]) == ExitCode.DONE
+    assert json.loads(capsys.readouterr().out)["ranks"] == 2
 
 
 def test_without_a_batch_each_pipeline_is_filled_once(capsys: pytest.CaptureFixture[str]) -> None:
