@@ -14,7 +14,8 @@ class Components:
     its backward (of our own model also what is being computed). working: what a backward makes for a moment, a
     recomputed layer among it. logits: those of the last stage and what the loss makes of them. buffers: what crosses
     between pipeline ranks. communication: buckets on their way. workspace: of matrix libraries. fragmentation: what the
-    allocator keeps and cannot give. reserve: the device's context and the communication library's buffers.
+    allocator keeps and cannot give. reserve: the device's context and the communication library's buffers. not_at_once:
+    below 0, what of the others is never there at the same moment.
     """
 
     parameters: int = 0
@@ -29,6 +30,7 @@ class Components:
     workspace: int = 0
     fragmentation: int = 0
     reserve: int = 0
+    not_at_once: int = 0
 
     @property
     def static(self) -> int:

@@ -83,7 +83,28 @@ class NativeMemory:
         logits = min(most, self._loss) if any(stage.last for stage in stages) else 0
         times = 0 if self._in_place else pipe.microbatches
         buffers = min(most - logits, times * sum(memory.input + memory.output for memory in memories))
-        return state.having(activations=most - logits - buffers, logits=logits, buffers=buffers)
+        found = state.having(activations=most - logits - buffers, logits=logits, buffers=buffers)
+        return found.having(not_at_once=-self._never_together(state, most, len(stages)))
+
+    def _never_together(self, state: Components, most: int, num_stages: int) -> int:
+        """Return what the most gradients and the most activations are together beyond what they are at any moment.
+
+        A backward frees activations block by block while it makes gradients: `kept` stay, the rest is on its way. Of a
+        pipeline's stages, or where blocks run again in the backward, both can be there.
+        """
+        config = self._config
+        if self._pipe.ranks > 1 or num_stages > 1 or config.parallel.recompute != "none":
+            return 0
+        again = self._pipe.microbatches > 1
+        whole = again and config.parallel.zero < 2 and state.gathered
+        kept = state.gradients if whole else min(state.parameters, state.gradients)
+        passing, blocks = state.gradients - kept, config.model.num_layers + 1
+        before = most + kept * again
+        # FSDP reduces unit by unit; without it a bucket is filled first.
+        passing = passing if state.gathered else passing // blocks
+        first = most - most // blocks + passing + (kept if again else kept // blocks)
+        last = most // blocks + state.gradients
+        return most + state.gradients - max(before, first, last)
 
 
 @dataclass(frozen=True)

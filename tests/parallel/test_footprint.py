@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.foresight_machine import memory_error
 from dist_llm.planner.footprint import predict_memory
 from dist_llm.runtime.pool import WorkerPool
 from dist_llm.train.dry_run import dry_run
@@ -83,3 +84,25 @@ def test_a_prediction_is_what_ranks_hold(
         assert (rank.parameters, rank.optimizer) == (seen["param_bytes"], seen["optimizer_bytes"])
         activations = rank.activations + rank.logits + rank.buffers
         assert activations == pytest.approx(seen["peak_activation_bytes"], rel=0.05)
+
+
+ALONE: dict[str, object] = {**DATA, "global_batch": 4, "microbatch": 4}
+WHOLE = [
+    (1, {}, SIZED, ALONE),
+    (1, {}, SIZED, DATA),
+    (2, {"zero": 0}, SIZED, {**ALONE, "microbatch": 2}),
+    (2, {"zero": 1}, SIZED, {**ALONE, "microbatch": 2}),
+    (2, {"zero": 3}, SIZED, DATA),
+    (2, {"zero": 2}, SIZED_GPT2, {**ALONE, "microbatch": 2}),
+    (2, {"tensor": 2, "sequence": True}, SIZED, ALONE),
+]
+
+
+@pytest.mark.parametrize(("ranks", "parallel", "model", "data"), WHOLE, ids=str)
+def test_the_most_bytes_that_live_at_once(
+    pool: WorkerPool, ranks: int, parallel: dict[str, object], model: dict[str, object], data: dict[str, object]
+) -> None:
+    """Of all tensors together: with one microbatch a step, gradients come as activations go."""
+    config = tiny_config(parallel, model, data)
+    launcher = config.launcher.model_copy(update={"nproc": ranks})
+    assert abs(memory_error(pool, config.model_copy(update={"launcher": launcher}))) < 0.05
