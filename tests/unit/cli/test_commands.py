@@ -154,7 +154,7 @@ def test_settings_are_found(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_settings_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "settings", "cluster.device", "--json"]) == 0
-    device, count = json.loads(capsys.readouterr().out)["settings"]
+    device, count, host = json.loads(capsys.readouterr().out)["settings"]
     assert device == {
         "key": "cluster.device",
         "takes": "cpu or cuda",
@@ -162,6 +162,7 @@ def test_settings_as_json(capsys: pytest.CaptureFixture[str]) -> None:
         "description": "Kind of device; a run on another kind has no MFU.",
     }
     assert (count["key"], count["required"]) == ("cluster.devices_per_node", True)
+    assert (host["key"], host["required"], host["default"]) == ("cluster.devices_per_host", False, None)
     assert main(["config", "settings", "model.head_dim", "--json"]) == 0
     (width,) = json.loads(capsys.readouterr().out)["settings"]
     assert (width["required"], width["default"]) == (False, None)
