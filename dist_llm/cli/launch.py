@@ -5,7 +5,6 @@ submit the job that does.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,6 +54,7 @@ def _launch(config: RunConfig, words: list[str], arguments: argparse.Namespace) 
 def _multirun(arguments: argparse.Namespace) -> Answer:
     """Launch every run of a sweep, one after the other; the first that fails ends it, with its exit code."""
     from dist_llm.cli.multirun import sweep_configs, write_configs
+    from dist_llm.cli.say import say_on_stderr
 
     if arguments.overrides or arguments.config_file is not None:
         raise ConfigError("--multirun takes no overrides and no --config: the file says all")
@@ -66,7 +66,7 @@ def _multirun(arguments: argparse.Namespace) -> Answer:
     for config, path in jobs:
         answer = _launch(config, [*debug, "--config", str(path)], arguments)
         if answer.code:
-            print(f"dist-llm launch: the sweep ends with run {config.run.name}", file=sys.stderr, flush=True)
+            say_on_stderr(f"dist-llm launch: the sweep ends with run {config.run.name}")
             return Answer("\n".join(each.text for each in told if each.text), code=answer.code)
         told.append(answer)
     return Answer("\n\n".join(each.text for each in told if each.text), {"runs": [each.data for each in told]})

@@ -41,12 +41,11 @@ def render_array(plan: LaunchPlan, config: RunConfig, files: Sequence[Path]) -> 
     head = f"#SBATCH --array=0-{len(files) - 1}\n#SBATCH --output=slurm-%A-%a.log"
     names = "\n".join(f"  {shlex.quote(str(file))}" for file in files)
     chosen = '"${configs[$SLURM_ARRAY_TASK_ID]}"'
-    script = _fill(plan, config, head, f"{shlex.join(plan.argv)} --config {chosen}")
-    return script.replace("set -uo pipefail\n", f"set -uo pipefail\nconfigs=(\n{names}\n)\n", 1)
+    return _fill(plan, config, head, f"{shlex.join(plan.argv)} --config {chosen}", f"\nconfigs=(\n{names}\n)")
 
 
-def _fill(plan: LaunchPlan, config: RunConfig, head: str, command: str) -> str:
-    """Return the template with the plan's sizes; head: directives of the job's own."""
+def _fill(plan: LaunchPlan, config: RunConfig, head: str, command: str, setup: str = "") -> str:
+    """Return the template with the plan's sizes; head: its own directives, setup: lines before commands."""
     on_cuda = config.device == "cuda" or (config.device == "auto" and config.cluster.device == "cuda")
     return Template(_template().read_text(encoding="utf-8")).substitute(
         job=config.run.name,
@@ -54,6 +53,7 @@ def _fill(plan: LaunchPlan, config: RunConfig, head: str, command: str) -> str:
         nproc=plan.nproc,
         devices=f"#SBATCH --gpus-per-node={plan.nproc}" if on_cuda else f"#SBATCH --cpus-per-task={_threads(config)}",
         head=head,
+        setup=setup,
         notice_seconds=NOTICE_SECONDS,
         command=command,
     )

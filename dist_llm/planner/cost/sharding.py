@@ -86,8 +86,7 @@ class Cover:
 
 def exchange_seconds(device: Device, fabric: Fabric, exchange: Exchange, held: Held, cover: Cover) -> float:
     """Return the seconds that gradients and parameters cost a step beyond what computation hides."""
-    gather = reduce = once = 0.0
-    sharded = 0.0
+    gather = reduce = once = sharded = 0.0
     for numel, shared in ((held.dense, 1), (held.expert, exchange.expert)):
         if not numel or exchange.ranks // shared == 1:
             continue
