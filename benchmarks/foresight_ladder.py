@@ -1,16 +1,18 @@
 """A ladder of small runs on real text, the law that fits them, and the loss of a larger run that it foretells.
 
-    python benchmarks/foresight_ladder.py [FOLDER] [--jobs N]
+    python -m benchmarks.foresight_ladder [FOLDER] [--jobs N]
 
-The text is the source of the installed torch (64 MiB of Python and C++), read once at most. Twelve runs are fitted, and
-one of more than four times the compute of the largest is predicted: half an hour on two cores. Runs that FOLDER holds
-finished are not trained again. Sequences are short: in longer ones models so small learn at some step to copy from the
-context, which is a jump and no power law.
+The text is the source of the installed torch, up to 64 MiB of Python and C++, file by file in an order drawn from their
+names, so that what is kept for validation is like the rest. Sixteen runs are fitted, and one of more than four times
+the compute of the largest is predicted: an hour on two cores. Runs that FOLDER holds finished are not trained again.
+Sequences are short: in longer ones models so small learn at some step to copy from the context, which is a jump and no
+power law. For the same reason all runs have one depth, and one batch.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import subprocess
@@ -19,11 +21,12 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-BUDGETS, RUNS = "1.5e12:1.27e13", 12
+BUDGETS, RUNS = "1.5e12:1.27e13", 16
 HELD_OUT = "5.5e13"
+KINDS = (".py", ".h", ".cpp", ".cuh", ".hpp")
 COMMON = (
-    "model=llama-tiny model.vocab_size=512 model.max_seq_len=64 data.seq_len=64 data.microbatch=16 "
-    "data.global_batch=16 data.max_corpus_mib=64 data.validation_fraction=0.005 "
+    "model=llama-tiny model.vocab_size=512 model.max_seq_len=64 model.num_layers=4 model.init_std=0.08 "
+    "data.seq_len=64 data.microbatch=16 data.global_batch=16 data.max_corpus_mib=64 data.validation_fraction=0.02 "
     "telemetry.tensorboard=false telemetry.picture=false checkpoint.interval=0"
 )
 
@@ -35,12 +38,24 @@ def _ask(*words: object) -> dict[str, object]:
     return found
 
 
-def _corpus(words: list[str]) -> list[str]:
-    """Tokenize the text once, so that files which change beside it do not matter; return the runs' overrides."""
+def _write_text(path: Path) -> None:
+    """Write the source files of the installed torch as JSONL, in the order of a hash of their names."""
     torch = importlib.util.find_spec("torch")
     assert torch is not None
     assert torch.submodule_search_locations is not None
-    found = _ask("data", "prepare", *words, f"data.path={torch.submodule_search_locations[0]}")
+    root = Path(torch.submodule_search_locations[0])
+    files = [file for file in root.rglob("*") if file.suffix in KINDS and file.is_file()]
+    files.sort(key=lambda file: hashlib.sha256(str(file.relative_to(root)).encode()).digest())
+    with path.open("w", encoding="utf-8") as text:
+        for file in files:
+            text.write(json.dumps({"text": file.read_text(encoding="utf-8", errors="replace")}) + "\n")
+
+
+def _corpus(words: list[str], text: Path) -> list[str]:
+    """Tokenize the text, once; return the runs' overrides."""
+    if not text.exists():
+        _write_text(text)
+    found = _ask("data", "prepare", *words, f"data.path={text}")
     tokenizer = Path(str(found["tokenizer_path"]))
     return [*words, f"data.path={tokenizer.parent / 'tokens'}", f"tokenizer.path={tokenizer}"]
 
@@ -59,7 +74,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time, of one thread each (2)")
     arguments = parser.parse_args()
     folder = (arguments.folder or Path(tempfile.mkdtemp(prefix="ladder-"))).resolve()
-    words = _corpus([*COMMON.split(), f"run.dir={folder / 'runs'}", "launcher.threads=1"])
+    folder.mkdir(parents=True, exist_ok=True)
+    words = _corpus([*COMMON.split(), f"run.dir={folder / 'runs'}", "launcher.threads=1"], folder / "text.jsonl")
     plans = [
         _ask("plan", "ladder", "run.name=small", *words, "--flops", BUDGETS, "--runs", RUNS, "--write", folder / "a"),
         _ask("plan", "ladder", "run.name=large", *words, "--flops", HELD_OUT, "--runs", 1, "--write", folder / "b"),

@@ -29,6 +29,9 @@ ones lie, as firmly as the scatter of the runs allows; --prior none leaves it to
 MOST_ERROR = 0.03
 """Mean error of the largest runs predicted from the rest with which a law is trusted beyond its runs."""
 
+UNLIKE, FEW_TOKENS = 1.1, 2**16
+"""Evaluations of tokens that differ by more than the first, or of fewer than the second, are spoken of."""
+
 FORESIGHT = (1.0, 10.0, 100.0)
 """Budgets at which the best size is said, over the compute of the largest run."""
 
@@ -94,15 +97,27 @@ def _read(arguments: argparse.Namespace) -> tuple[list[Run], list[str]]:
     folders = [read_folder(path) for path in arguments.runs if path.is_dir()]
     finished = [folder for folder in folders if folder.fault is None]
     notes = [f"{folder.name} is left out: {folder.fault}" for folder in folders if folder.fault is not None]
-    more, kind = _as_runs(finished, not arguments.non_embedding)
-    return runs + more, notes + ([kind] if more else [])
+    more, said = _as_runs(finished, not arguments.non_embedding)
+    return runs + more, notes + (said if more else [])
 
 
-def _as_runs(folders: Sequence[FolderRun], embeddings: bool) -> tuple[list[Run], str]:
-    """Return finished runs with the better kind of loss that all of them have, and which it is."""
+def _as_runs(folders: Sequence[FolderRun], embeddings: bool) -> tuple[list[Run], list[str]]:
+    """Return finished runs with the better kind of loss that all of them have, and what is to be said of it."""
     validation = all(folder.validation_loss is not None for folder in folders)
     kind = "the last evaluation" if validation else "the mean over the last twentieth of the steps"
-    return [folder.as_run(validation, embeddings) for folder in folders], f"loss: {kind}"
+    said = [f"loss: {kind}", *(_say_evaluations(folders) if validation else [])]
+    return [folder.as_run(validation, embeddings) for folder in folders], said
+
+
+def _say_evaluations(folders: Sequence[FolderRun]) -> list[str]:
+    """Return why evaluations are hard to compare, if they are: of other text, or of little."""
+    tokens = [folder.validation_tokens for folder in folders if folder.validation_tokens]
+    cure = "telemetry.eval_batches x data.global_batch x data.seq_len"
+    if tokens and max(tokens) > UNLIKE * min(tokens):
+        return [f"evaluations are of {min(tokens):,} to {max(tokens):,} tokens, so not of one text: equal {cure}"]
+    if tokens and min(tokens) < FEW_TOKENS:
+        return [f"evaluations are of {min(tokens):,} tokens only, and depend on which: raise {cure}"]
+    return []
 
 
 def _columns(text: str) -> dict[str, str]:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from dist_llm.planner.ladder import LadderRun
 
 _EPILOG = """\
-Every run is the config with another size, length, batch and learning rate. Sizes lie on either side of what the 2024
+Every run is the config with another size, length, batch and learning rate; model.num_layers, data.global_batch,
+optimizer.lr and telemetry.eval_batches, where they are given, are all runs'. Sizes lie on either side of what the 2024
 refit (or --law) thinks best for the budget; with --isoflop there are few budgets and at least five sizes at each.
 --write DIR writes a config a run (DIR/configs/), a script (run.sh), a SLURM array (array.sbatch) and a Hydra multirun
 (sweep.yaml, for dist-llm launch --multirun). Afterwards: dist-llm plan fit runs/NAME-ladder-*."""
@@ -38,7 +39,8 @@ def add_ladder_arguments(parser: argparse.ArgumentParser) -> None:
 
 def ladder(arguments: argparse.Namespace) -> Answer:
     """Plan the runs and write their files."""
-    from dist_llm.planner.ladder import plan_ladder
+    from dist_llm.cli.compose import parse_overrides
+    from dist_llm.planner.ladder import KEEPABLE, LadderBase, plan_ladder
     from dist_llm.planner.law_file import find_law
 
     budgets = _budgets(arguments.flops)
@@ -46,8 +48,9 @@ def ladder(arguments: argparse.Namespace) -> Answer:
         raise ConfigError([Violation("--runs", arguments.runs, f"must be from 1 to {MOST_RUNS}")])
     composed = compose_arguments(arguments)
     config = load_config(composed, None)
-    ranks = config.launcher.nproc * config.launcher.nodes
-    runs = plan_ladder(config, ranks, find_law(arguments.law, "--law"), budgets, arguments.runs, arguments.isoflop)
+    said = frozenset(KEEPABLE) & parse_overrides(arguments.overrides).keys()
+    base = LadderBase(config, config.launcher.nproc * config.launcher.nodes, said)
+    runs = plan_ladder(base, find_law(arguments.law, "--law"), budgets, arguments.runs, arguments.isoflop)
     data: dict[str, object] = {"runs": [_as_data(run) for run in runs], "flops": sum(run.flops for run in runs)}
     lines = [
         f"{len(runs)} runs, {sum(run.flops for run in runs):.3g} FLOPs in all",

@@ -46,6 +46,8 @@ class FolderRun:
     tokens: int
     training_loss: float
     validation_loss: float | None
+    validation_tokens: int
+    """Tokens of the last evaluation, 0 where there is none."""
     finished: bool
     converged: bool
     """Whether most of its last steps have a loss: a run that diverged is no point of a law."""
@@ -82,7 +84,7 @@ def read_folder(folder: Path) -> FolderRun:
         _embedding_params(config),
         lines[-1].tokens,
         sum(final) / len(final) if final else math.nan,
-        _validation_loss(folder, lines[-1].step),
+        *_last_evaluation(folder, lines[-1].step),
         lines[-1].step >= config.run.steps,
         2 * len(final) >= len(last),
     )
@@ -111,11 +113,13 @@ def _embedding_params(config: RunConfig) -> int:
     return head + sum(spec.numel for spec in embedding_parameters(model))
 
 
-def _validation_loss(folder: Path, last_step: int) -> float | None:
-    """Return the loss of the evaluation after the last step, None where there was none then."""
-    found = [line.get("loss") for line in read_lines(folder / VALIDATION_FILE) if line.get("step") == last_step]
-    loss = found[-1] if found else None
-    return float(loss) if isinstance(loss, int | float) and math.isfinite(loss) and loss > 0 else None
+def _last_evaluation(folder: Path, last_step: int) -> tuple[float | None, int]:
+    """Return the loss of the evaluation after the last step and its tokens; None and 0 where there was none then."""
+    found = [line for line in read_lines(folder / VALIDATION_FILE) if line.get("step") == last_step]
+    loss, tokens = (found[-1].get("loss"), found[-1].get("tokens")) if found else (None, None)
+    if not (isinstance(loss, int | float) and math.isfinite(loss) and loss > 0):
+        return None, 0
+    return float(loss), tokens if isinstance(tokens, int) else 0
 
 
 def _rows(path: Path) -> Iterator[dict[str, object]]:

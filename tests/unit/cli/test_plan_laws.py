@@ -22,7 +22,7 @@ from dist_llm.config.document import read_document, render_document
 from dist_llm.errors import ConfigError, DataError, DistLLMError, ExitCode
 from dist_llm.planner.law_file import read_law
 from dist_llm.planner.laws import Constants
-from dist_llm.telemetry.records import RunFiles
+from dist_llm.telemetry.records import VALIDATION_FILE, RunFiles
 from dist_llm.types import StepRecord
 
 TRUTH = Constants(E=1.7, A=300.0, B=900.0, alpha=0.33, beta=0.31)
@@ -110,6 +110,10 @@ def test_evaluations_count_where_every_run_has_one(tmp_path: Path, folders: list
     first = _data(answer)["runs"][0]  # type: ignore[index]
     assert first["loss"] == pytest.approx(TRUTH.loss(first["num_params"], first["tokens"]) + 0.25)
     assert "last twentieth" in _call(FIT, *evaluated, *folders).text
+    assert "evaluations are of 4,096 tokens only" in answer.text
+    lines = evaluated[0] / VALIDATION_FILE
+    lines.write_text(lines.read_text().replace("4096", "9000"))
+    assert "evaluations are of 4,096 to 9,000 tokens, so not of one text" in _call(FIT, *evaluated).text
 
 
 def test_unfinished_runs_are_left_out(folders: list[Path], tmp_path: Path) -> None:
@@ -246,10 +250,25 @@ def test_a_ladder_is_legal_and_spans_its_budgets(more: list[str]) -> None:
         assert not check(config, 1)
         assert num_parameters(config.model) == run["num_params"]
         assert config.run.steps * config.data.global_batch * config.data.seq_len == run["tokens"]
-        assert config.optimizer.lr <= 0.01
+        assert config.optimizer.lr <= 0.004
+        evaluated = config.telemetry.eval_batches * config.data.global_batch * config.data.seq_len
+        assert 2**18 <= evaluated < 1.1 * 2**18
     if more:
         assert len({(round(math.log(budget), 1)) for budget in budgets}) == 2
         assert len({(run["num_params"], round(math.log(float(str(run["flops"]))), 1)) for run in runs}) == 12
+
+
+def test_what_is_said_is_all_runs(tmp_path: Path) -> None:
+    said = {"model.num_layers": 3, "data.global_batch": 24, "optimizer.lr": 2e-3, "telemetry.eval_batches": 7}
+    words = ["data.microbatch=8", "data.validation_fraction=0.1", *(f"{key}={value}" for key, value in said.items())]
+    data = _data(_call(LADDER, *words, "--flops", "1e12:1e13", "--runs", "5", "--write", tmp_path))
+    runs: list[dict[str, object]] = data["runs"]  # type: ignore[assignment]
+    assert len({run["num_params"] for run in runs}) > 2
+    for run in runs:
+        config = decode(read_document(tmp_path / "configs" / f"{run['name']}.yaml"))
+        found = (config.model.num_layers, config.data.global_batch, config.optimizer.lr, config.telemetry.eval_batches)
+        assert found == tuple(said.values())
+        assert config.run.steps * 24 * config.data.seq_len == run["tokens"]
 
 
 def test_ladder_files_start_what_was_planned(tmp_path: Path) -> None:
