@@ -5,14 +5,15 @@ A request is not a run: `dist-llm plan` takes it, and the config that it writes 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dist_llm.config.base import Count, Section
+from dist_llm.config.base import Choice, Count, Section
 from dist_llm.config.cluster import ClusterConfig
 from dist_llm.config.inputs import DataConfig
 from dist_llm.config.model import ModelConfig, MoEConfig
+from dist_llm.config.parallel import Schedule
 
 MOST = 1e30
 """More than any budget, so that products of figures stay finite."""
@@ -40,6 +41,8 @@ class DataRequest(Section):
     4096, and at most what a given model takes."""
     global_batch: Count | None = None
     """Sequences a step; null: by published power laws."""
+    microbatch: Count | None = None
+    """Sequences of one forward; null: what is fastest and fits."""
     path: str = DataConfig.model_fields["path"].default
     """Corpus of the config that is written."""
 
@@ -74,6 +77,31 @@ class ModelRequest(Section):
     """Experts; laws then count the parameters that a token meets."""
 
 
+class LayoutRequest(Section):
+    """What is fixed of the layout, as settings of `parallel` (config/parallel.py); what is null is weighed."""
+
+    tensor: Count | None = None
+    """Tensor ranks."""
+    sequence: bool | None = None
+    """Whether tensor ranks split the sequence; null: where it can be split."""
+    pipeline: Count | None = None
+    """Pipeline ranks."""
+    virtual_pipeline: Count | None = None
+    """Stages of a pipeline rank."""
+    schedule: Schedule | None = None
+    """Pipeline schedule; null: 1f1b or interleaved."""
+    context: Count | None = None
+    """Context ranks; null: 1 below 8192 tokens."""
+    expert: Count | None = None
+    """Expert ranks."""
+    data: Count | None = None
+    """Data ranks."""
+    zero: Annotated[Literal[0, 1, 2, 3] | None, Choice] = None
+    """ZeRO stage; null: 1, or 3 without a pipeline."""
+    recompute: Literal["none", "selective", "full"] | None = None
+    """What is recomputed; null: as little as fits."""
+
+
 class PlanRequest(Section):
     """All that `dist-llm plan` is told."""
 
@@ -87,6 +115,8 @@ class PlanRequest(Section):
     """What is fixed of the model."""
     preset: ModelConfig | None = None
     """A whole model, `model=<preset>`: only its tokens and layout are planned."""
+    parallel: LayoutRequest = LayoutRequest()
+    """What is fixed of the layout."""
     cluster: ClusterConfig
     """The hardware, and how many nodes of it."""
     law: str = Field("besiroglu", min_length=1, max_length=4096)

@@ -157,13 +157,17 @@ def _splits(config: RunConfig, ranks: int, choice: Choice) -> Iterator[Choice]:
 
 
 def _schedules(config: RunConfig, ranks: int, choice: Choice) -> Iterator[Choice]:
-    pipeline = int(str(choice["pipeline"]))
+    yield from pipeline_schedules(config.model.num_layers, int(str(choice["pipeline"])))
+
+
+def pipeline_schedules(num_layers: int, pipeline: int) -> Iterator[Choice]:
+    """Yield every schedule and number of chunks for so many layers on `pipeline` ranks."""
     if pipeline == 1:
         yield {"schedule": "1f1b", "virtual_pipeline": 1}
         return
     for schedule in ("gpipe", "1f1b"):
         yield {"schedule": schedule, "virtual_pipeline": 1}
-    for number in range(1, config.model.num_layers // pipeline + 1):
+    for number in range(1, num_layers // pipeline + 1):
         if number > 1:
             yield {"schedule": "interleaved", "virtual_pipeline": number}
         yield {"schedule": "zero_bubble", "virtual_pipeline": number}

@@ -16,6 +16,7 @@ from dist_llm.planner.batch_laws import Recommendation, recommend
 from dist_llm.planner.cost.step import node_devices
 from dist_llm.planner.draft import draft_config, warmup_steps
 from dist_llm.planner.laws import Law, Optimum, ParametricLaw
+from dist_llm.planner.pins import pins_of
 from dist_llm.planner.published_laws import DEFAULT_LAW
 from dist_llm.planner.ranking import Ranked, Ranking, rank_layouts
 from dist_llm.planner.refusals import (
@@ -149,10 +150,11 @@ def _plan_flops(request: PlanRequest, law: Law, flops: float) -> Plan:
     size, shapes = _model(request, law, flops)
     shape = shapes[0]
     batch, draft = _draft(request, size, shape)
-    ranking = rank_layouts(draft, devices)
+    pins = pins_of(request)
+    ranking = rank_layouts(draft, devices, pins)
     while not ranking.proposed and not request.data.global_batch and _sequences(draft) < 4 * batch.batch_sequences:
         draft = _resized(draft, size, 2 * _sequences(draft))
-        ranking = rank_layouts(draft, devices)
+        ranking = rank_layouts(draft, devices, pins)
     if not ranking.proposed:
         raise refuse_batch(request, draft, devices)
     if size.tokens < FEWEST_STEPS * _sequences(draft) * draft.data.seq_len:

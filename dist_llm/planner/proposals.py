@@ -3,7 +3,7 @@
     tp <= devices a node;  pp x chunks <= layers;  cp from 8192 tokens;  ep where there are experts;  dp is what is left
 
 `plan layouts` lists all that is legal; of those that differ in nothing a cost model sees, one is proposed here. Whether
-a proposal is legal is asked of the rules (config/checks.py).
+a proposal is legal is asked of the rules (config/checks.py). What the user fixes is so in every proposal (pins.py).
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from dist_llm.config.checks import OF_THIS_MACHINE, RULES
 from dist_llm.config.model import ModelConfig
 from dist_llm.config.rules import divisors
 from dist_llm.config.run import RunConfig
+from dist_llm.planner.layouts import pipeline_schedules
+from dist_llm.planner.pins import FREE, Pins
 
 MICROBATCHES = (1, 2, 4, 8, 16)
 RECOMPUTED_SHARES = (1 / 4, 1 / 2, 3 / 4)
@@ -28,19 +30,22 @@ Choice = dict[str, Any]
 _ASKED = tuple(rule for rule in RULES if rule.name not in OF_THIS_MACHINE)
 
 
-def propose_layouts(config: RunConfig, ranks: int, devices_per_node: int) -> Iterator[tuple[RunConfig, ...]]:
+def propose_layouts(
+    config: RunConfig, ranks: int, devices_per_node: int, pins: Pins = FREE
+) -> Iterator[tuple[RunConfig, ...]]:
     """Yield legal configs that differ from `config` in layout and microbatch, each with ever more recomputed.
 
     The first of them that fits is the fastest: recompute costs time and saves memory.
     """
-    for split in _splits(config, ranks, devices_per_node):
-        for microbatch in MICROBATCHES:
+    for split in _splits(config, ranks, devices_per_node, pins):
+        for microbatch in pins.among("microbatch", MICROBATCHES):
             if config.data.global_batch % (split["data"] * microbatch):
                 break
             data = config.data.model_copy(update={"microbatch": microbatch})
-            for inner in _inner(config, split, microbatch):
+            for inner in _inner(config, split, microbatch, pins):
                 plain = config.parallel.model_copy(update={**split, **inner})
-                layouts = [plain.model_copy(update=again) for again in _recomputes(config, plain.num_stages)]
+                agains = [again for again in _recomputes(config, plain.num_stages) if pins.allow(again)]
+                layouts = [plain.model_copy(update=again) for again in agains]
                 proposed = [config.model_copy(update={"parallel": layout, "data": data}) for layout in layouts]
                 legal = tuple(each for each in proposed if not any(rule(each, ranks) for rule in _ASKED))
                 if legal:
@@ -61,29 +66,27 @@ def _recomputes(config: RunConfig, stages: int) -> list[Choice]:
     ]
 
 
-def _splits(config: RunConfig, ranks: int, devices_per_node: int) -> Iterator[Choice]:
+def _splits(config: RunConfig, ranks: int, devices_per_node: int, pins: Pins) -> Iterator[Choice]:
     """Yield how the ranks may be split: tensor and context inside a node, pipeline and data over the rest."""
     model = config.model
-    for tensor in divisors(ranks):
-        if tensor > devices_per_node or model.num_heads % tensor or model.kv_heads % tensor:
+    for tensor in pins.among("tensor", (n for n in divisors(ranks) if n <= devices_per_node)):
+        if ranks % tensor or model.num_heads % tensor or model.kv_heads % tensor:
             continue
-        for context in _contexts(config.data.seq_len, ranks // tensor):
+        for context in _contexts(config.data.seq_len, ranks // tensor, pins):
             for pipeline in divisors(ranks // tensor // context):
                 data = ranks // tensor // context // pipeline
                 if pipeline <= min(model.num_layers, MOST_PIPELINE) and data <= config.data.global_batch:
+                    even = tensor > 1 and config.data.seq_len % (tensor * context) == 0
+                    split = {"tensor": tensor, "context": context, "pipeline": pipeline, "data": data}
+                    split["sequence"] = pins.values.get("sequence", even)
                     for expert in _experts(model, data * context):
-                        yield {
-                            "tensor": tensor,
-                            "sequence": tensor > 1 and config.data.seq_len % (tensor * context) == 0,
-                            "context": context,
-                            "pipeline": pipeline,
-                            "data": data,
-                            "expert": expert,
-                        }
+                        if pins.allow(split | {"expert": expert}):
+                            yield split | {"expert": expert}
 
 
-def _contexts(seq_len: int, ranks: int) -> tuple[int, ...]:
-    return (1, *(n for n in divisors(ranks)[1:] if n <= 16 and seq_len // n >= LONG_SEQUENCE // 2))
+def _contexts(seq_len: int, ranks: int, pins: Pins) -> tuple[int, ...]:
+    usual = (1, *(n for n in divisors(ranks)[1:] if n <= 16 and seq_len // n >= LONG_SEQUENCE // 2))
+    return tuple(n for n in pins.among("context", usual) if ranks % n == 0)
 
 
 def _experts(model: ModelConfig, shards: int) -> tuple[int, ...]:
@@ -91,11 +94,16 @@ def _experts(model: ModelConfig, shards: int) -> tuple[int, ...]:
     return tuple(n for n in divisors(experts) if shards % n == 0) if experts else (1,)
 
 
-def _inner(config: RunConfig, split: Choice, microbatch: int) -> Iterator[Choice]:
+def _inner(config: RunConfig, split: Choice, microbatch: int, pins: Pins) -> Iterator[Choice]:
     """Yield schedule and ZeRO stage for a split."""
     stages = (1, 3) if split["data"] * split["context"] > 1 else (0,)
-    for schedule in _schedules(config, split, microbatch):
-        for zero in stages if split["pipeline"] == 1 else stages[:1]:
+    usual = stages if split["pipeline"] == 1 else stages[:1]
+    if {"schedule", "virtual_pipeline"} & pins.values.keys():
+        schedules: Iterator[Choice] = pipeline_schedules(config.model.num_layers, split["pipeline"])
+    else:
+        schedules = _schedules(config, split, microbatch)
+    for schedule in filter(pins.allow, schedules):
+        for zero in pins.among("zero", usual):
             yield {**schedule, "zero": zero}
 
 

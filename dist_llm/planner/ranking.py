@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dist_llm.accounting.params import num_parameters
@@ -11,6 +12,7 @@ from dist_llm.planner.cost.step import StepTime, node_devices, predict_step
 from dist_llm.planner.device_memory import device_memory
 from dist_llm.planner.footprint import GIB, Footprint, fits_memory, predict_memory
 from dist_llm.planner.native_memory import Release, installed_torch
+from dist_llm.planner.pins import FREE, Pins
 from dist_llm.planner.proposals import propose_layouts
 
 FULL = 0.95
@@ -65,14 +67,14 @@ class Ranking:
     proposed: int
 
 
-def rank_layouts(config: RunConfig, ranks: int) -> Ranking:
-    """Weigh the layouts that are worth it for the config's model and batch on `ranks` ranks."""
+def rank_layouts(config: RunConfig, ranks: int, pins: Pins = FREE) -> Ranking:
+    """Weigh what pins leave of the layouts that are worth it for the config's model and batch on `ranks` ranks."""
     limit = FULL * config.cluster.memory_gib * GIB
     fitting: list[Ranked] = []
     failing: list[RunConfig] = []
     proposed, release = 0, installed_torch()
     enough: dict[tuple[int, int], int] = {}
-    for variants in propose_layouts(config, ranks, node_devices(config.cluster)):
+    for variants in propose_layouts(config, ranks, node_devices(config.cluster), pins):
         parallel = variants[0].parallel
         share = (parallel.tensor, parallel.context)
         if parallel.pipeline > MOST_SPARE * enough.get(share, parallel.pipeline):
@@ -91,13 +93,19 @@ def rank_layouts(config: RunConfig, ranks: int) -> Ranking:
     return Ranking(tuple(fitting), too_large, proposed)
 
 
-def holds(config: RunConfig, ranks: int) -> bool:
-    """Return whether any layout of the config's model and batch fits on `ranks` ranks."""
+def holds(config: RunConfig, ranks: int, pins: Pins = FREE) -> bool:
+    """Return whether any layout of the config's model and batch that pins leave fits on `ranks` ranks."""
+    return next(fitting_layouts(config, ranks, pins), None) is not None
+
+
+def fitting_layouts(config: RunConfig, ranks: int, pins: Pins) -> Iterator[RunConfig]:
+    """Yield the layouts that pins leave and that fit, each with the most recomputed."""
     limit, release = FULL * config.cluster.memory_gib * GIB, installed_torch()
     if LEAST_BYTES * num_parameters(config.model) > ranks * (limit - device_memory(config).reserve_bytes):
-        return False
-    layouts = propose_layouts(config, ranks, node_devices(config.cluster))
-    return any(fits_memory(variants[-1], ranks, limit, release) for variants in layouts)
+        return
+    for variants in propose_layouts(config, ranks, node_devices(config.cluster), pins):
+        if fits_memory(variants[-1], ranks, limit, release):
+            yield variants[-1]
 
 
 def _smallest(configs: list[RunConfig], ranks: int, release: Release) -> Ranked:

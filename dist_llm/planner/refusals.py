@@ -13,8 +13,9 @@ from dist_llm.config.rules import divisors
 from dist_llm.config.run import RunConfig
 from dist_llm.errors import ConfigError, Violation
 from dist_llm.planner.cost.step import node_devices
+from dist_llm.planner.pins import Pins, blame_pins, pins_of
 from dist_llm.planner.proposals import propose_layouts
-from dist_llm.planner.ranking import FULL, Ranking, holds
+from dist_llm.planner.ranking import FULL, Ranking, fitting_layouts, holds
 from dist_llm.planner.shapes import MOST_LAYERS, Shape
 from dist_llm.planner.spending import Spending
 
@@ -65,7 +66,7 @@ def refuse_years(request: PlanRequest, days: float, flops: float, draft_of: Draf
     rule = f"would take about {days:,.0f} days, and {MOST_DAYS / 365.25:.0f} years are the most that is planned"
     enough = (n for n in _doubled(nodes) if n >= 1.2 * nodes * times)
     try:
-        more = _holding(draft_of(flops), enough)
+        more = _holding(draft_of(flops), enough, pins_of(request))
     except ConfigError:
         more = ()  # so large a budget has no model
     violations = [Violation("cluster.nodes", nodes, rule, more)]
@@ -99,10 +100,15 @@ def refuse_batch(request: PlanRequest, draft: RunConfig, devices: int) -> Config
     elsewhere = {slip.words for rule in RULES if rule.name in OF_THIS_MACHINE for slip in rule(draft, None)}
     if broken := [violation for violation in check(draft, None) if violation.rule not in elsewhere]:
         return ConfigError(broken)
-    nodes, sequences = request.cluster.nodes or 1, draft.data.global_batch
+    nodes, sequences, pins = request.cluster.nodes or 1, draft.data.global_batch, pins_of(request)
+    rule = f"leaves no layout of {sequences} sequences of {draft.data.seq_len} tokens on {devices} devices"
+    each = devices // nodes
+    blamed = blame_pins(pins, rule, lambda left: (same[0] for same in propose_layouts(draft, devices, each, left)))
+    if blamed:
+        return ConfigError(blamed)
     rule = f"has {devices} devices, and a batch of {sequences} sequences can be dealt to so many in no layout"
-    each, halves = devices // nodes, (nodes >> times for times in range(1, nodes.bit_length()))
-    fewer = tuple(islice((n for n in halves if any(propose_layouts(draft, n * each, each))), 1))
+    halves = (nodes >> times for times in range(1, nodes.bit_length()))
+    fewer = tuple(islice((n for n in halves if any(propose_layouts(draft, n * each, each, pins))), 1))
     larger, all_sequences = -(-sequences // devices) * devices, draft.run.steps * sequences
     violations = [Violation("cluster.nodes", nodes, rule, fewer)]
     if FEWEST_STEPS * larger > all_sequences:
@@ -160,11 +166,15 @@ def refuse_memory(request: PlanRequest, shape: Shape, ranking: Ranking, flops: f
     least = ranking.too_large
     assert least is not None
     limit, nodes = FULL * request.cluster.memory_gib, request.cluster.nodes or 1
+    needs = f"needs {least.peak_gib:.1f} of {limit:.1f} GiB a device"
     rule = (
         f"holds no layout of {shape.num_params:.3g} parameters: the smallest of {ranking.proposed} ({least.name}) "
-        f"needs {least.peak_gib:.1f} of {limit:.1f} GiB a device, most of it {least.memory.largest}"
+        f"{needs}, most of it {least.memory.largest}"
     )
-    violations = [Violation("cluster.nodes", nodes, rule, _holding(least.config, _doubled(nodes)))]
+    devices, pins = nodes * node_devices(request.cluster), pins_of(request)
+    short = f"leaves no layout that fits: the smallest ({least.name}) {needs}"
+    blamed = blame_pins(pins, short, lambda left: fitting_layouts(least.config, devices, left))
+    violations = [*blamed, Violation("cluster.nodes", nodes, rule, _holding(least.config, _doubled(nodes), pins))]
     violations += _smaller(request, flops, 0.5, draft_of)
     if not any(violation.legal for violation in violations):
         enough = math.ceil(least.peak_gib / FULL)
@@ -172,10 +182,10 @@ def refuse_memory(request: PlanRequest, shape: Shape, ranking: Ranking, flops: f
     return ConfigError(violations)
 
 
-def _holding(draft: RunConfig, nodes: Iterable[int]) -> tuple[int, ...]:
+def _holding(draft: RunConfig, nodes: Iterable[int], pins: Pins) -> tuple[int, ...]:
     """Return the first of these numbers of nodes that holds a run, if any does."""
     each = node_devices(draft.cluster)
-    return tuple(islice((n for n in nodes if holds(draft, n * each)), 1))
+    return tuple(islice((n for n in nodes if holds(draft, n * each, pins)), 1))
 
 
 def _smaller(request: PlanRequest, flops: float, most: float, draft_of: DraftOf) -> list[Violation]:
@@ -190,7 +200,7 @@ def _smaller(request: PlanRequest, flops: float, most: float, draft_of: DraftOf)
         for times in range(40):
             part = float(f"{flops * most / 2**times:.2g}")
             draft = draft_of(part)
-            if holds(draft, draft.launcher.nproc * draft.launcher.nodes):
+            if holds(draft, draft.launcher.nproc * draft.launcher.nodes, pins_of(request)):
                 near = part if name == "flops" else float(f"{0.9 * budget * part / flops:.2g}")
                 rule = "or take a smaller budget, and so a smaller model"
                 return [Violation(f"budget.{name}", budget, rule, (near,))]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -17,32 +15,9 @@ from dist_llm.errors import ExitCode
 from dist_llm.planner.plan import round_batch
 from dist_llm.planner.published_laws import PUBLISHED
 from dist_llm.planner.ranking import FULL
+from tests.planner.conftest import Plan
 
-Plan = Callable[..., dict[str, Any]]
 CLUSTER = ("cluster=h100-sxm", "cluster.nodes=1")
-
-
-@pytest.fixture
-def plan(capsys: pytest.CaptureFixture[str]) -> Plan:
-    """Return what the command answers under --json."""
-
-    def run(*words: str) -> dict[str, Any]:
-        assert main(["plan", *words, "--json"]) == ExitCode.DONE
-        found: dict[str, Any] = json.loads(capsys.readouterr().out)
-        return found
-
-    return run
-
-
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Return what the command says when there is no plan."""
-
-    def run(*words: str) -> str:
-        assert main(["plan", *words]) == ExitCode.CONFIG
-        return capsys.readouterr().err
-
-    return run
 
 
 def test_it_is_the_law_s_optimum(plan: Plan) -> None:
