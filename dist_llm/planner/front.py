@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+WIDE = 4.0
+"""Ratio of values from which an axis is marked at 1, 2, 3 and 5 of each power of ten."""
+
 _INK, _MUTED, _FRONT, _CHOSEN = "#1f2933", "#a9b3bd", "#2f6fb2", "#c8553d"
 
 
@@ -49,9 +52,11 @@ def draw_front(points: Sequence[Point], memory_gib: float, chosen: Point) -> byt
     )
     axis.scatter([chosen.memory_gib], [chosen.step_seconds], s=90, marker="*", color=_CHOSEN, zorder=3, label="chosen")
     axis.axvline(memory_gib, color=_CHOSEN, linestyle="--", linewidth=1, label=f"a device: {memory_gib:g} GiB")
-    _name_points(axis, [*front[:: max(1, len(front) // 6)], chosen])
+    _name_points(axis, [*(point for point in front[:: max(1, len(front) // 6)] if point != chosen), chosen])
     axis.set_xscale("log")
     axis.set_yscale("log")
+    _mark(axis.xaxis, [point.memory_gib for point in points])
+    _mark(axis.yaxis, [point.step_seconds for point in points])
     axis.set_xlabel("memory of the fullest device, GiB", color=_INK)
     axis.set_ylabel("time of a step, seconds", color=_INK)
     axis.set_title(f"{len(points)} layouts: memory against time", loc="left", fontsize=10, color=_INK)
@@ -60,6 +65,16 @@ def draw_front(points: Sequence[Point], memory_gib: float, chosen: Point) -> byt
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
+
+
+def _mark(axis: Any, values: Sequence[float]) -> None:
+    """Mark a logarithmic axis in plain numbers, round ones where the values span enough of them."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    wide = max(values) > WIDE * min(values)
+    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)) if wide else MaxNLocator(6))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _name_points(axis: Any, points: Sequence[Point]) -> None:
@@ -71,4 +86,5 @@ def _name_points(axis: Any, points: Sequence[Point]) -> None:
             xytext=(5, 5),
             fontsize=6,
             color=_INK,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
         )

@@ -226,7 +226,8 @@ def _model(request: PlanRequest, law: Law, flops: float) -> tuple[Size, tuple[Sh
             return 1 + 0.02 * math.log(num_params / size.num_params) ** 2
         return (with_params(judge, size, num_params, unique).loss or size.loss) / size.loss
 
-    shapes = tuple(search_shapes(request.model, seq_len, size.num_params, law.counts_embeddings, loss_ratio))
+    target, tensor = size.num_params, request.parallel.tensor or 1
+    shapes = tuple(search_shapes(request.model, seq_len, target, law.counts_embeddings, loss_ratio, tensor))
     if not shapes:
         raise refuse_shapes(request, size.num_params)
     exact = with_params(law, size, law_parameters(shapes[0], law.counts_embeddings), unique)

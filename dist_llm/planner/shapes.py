@@ -59,15 +59,17 @@ def law_parameters(shape: Shape, embeddings: bool) -> int:
 
 
 def search_shapes(
-    wish: ModelRequest, seq_len: int, target: float, embeddings: bool, loss_ratio: Callable[[float], float]
+    wish: ModelRequest, seq_len: int, target: float, embeddings: bool, loss_ratio: Callable[[float], float], tensor: int
 ) -> list[Shape]:
     """Return the cheapest shapes of about `target` parameters that a token meets, the best first.
 
     embeddings: whether they count. loss_ratio(N): predicted loss with N parameters and the same compute, over the
-    optimum's. Empty where no shape agrees with what is fixed.
+    optimum's. tensor: ranks that heads must split over. Empty where no shape agrees with what is fixed.
     """
     found = []
     for shape in _shapes(wish, seq_len, target, embeddings):
+        if shape.model.num_heads % tensor or shape.model.kv_heads % tensor:
+            continue
         aspect = shape.model.hidden_size / shape.model.num_layers
         counted = law_parameters(shape, embeddings)
         apart = math.log(aspect / usual_aspect(counted)) / math.log(4)

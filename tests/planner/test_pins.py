@@ -36,6 +36,15 @@ def test_the_plan_has_what_is_fixed(plan: Plan, tmp_path: Path, pinned: tuple[st
         assert str(config[section][name]).lower() == value
 
 
+def test_heads_split_over_the_tensor_ranks_that_are_fixed(plan: Plan) -> None:
+    free, pinned = (
+        plan("budget.flops=1e19", "cluster=h100-sxm", *more)["model"] for more in ([], ["parallel.tensor=8"])
+    )
+    assert free["num_heads"] % 8
+    assert pinned["num_heads"] % 8 == pinned["num_kv_heads"] % 8 == 0
+    assert abs(pinned["num_params"] / free["num_params"] - 1) < 0.2
+
+
 def test_all_layouts_have_it(plan: Plan) -> None:
     free = plan(*GIVEN, "--top", "999")
     pinned = plan(*GIVEN, "parallel.tensor=4", "--top", "999")
