@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 _EPILOG = """\
 A RUN is the folder of a run, or a CSV or JSONL table with columns params, tokens (or flops) and loss; --columns says
 what they are called there. Of a folder the loss is its last evaluation if every folder has one after its last step, or
-else the mean over the last twentieth of its steps; a run that has not reached run.steps is left out.
+else the mean over the last twentieth of its steps (--loss training: always); a run that has not reached run.steps is
+left out.
 
 The fit is that of Hoffmann et al. 2022, appendix D.2: L(N, D) = E + A / N^alpha + B / D^beta by Huber's loss of ln L,
 L-BFGS from a grid of starts. With fewer than 100 runs both exponents are also held near 0.35 +- 0.1, where published
@@ -45,6 +46,9 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--exclude-worst", type=int, default=0, metavar="K", help="leave the K runs of most loss out")
     parser.add_argument(
         "--hold-out", action="append", default=[], metavar="NAME", help="predict runs instead (* matches)"
+    )
+    parser.add_argument(
+        "--loss", choices=("auto", "validation", "training"), default="auto", help="which of folders (auto: see below)"
     )
     parser.add_argument("--non-embedding", action="store_true", help="count no embeddings (folders only)")
     parser.add_argument("--prior", choices=("auto", "none", "published"), default="auto", help="on both exponents")
@@ -97,13 +101,17 @@ def _read(arguments: argparse.Namespace) -> tuple[list[Run], list[str]]:
     folders = [read_folder(path) for path in arguments.runs if path.is_dir()]
     finished = [folder for folder in folders if folder.fault is None]
     notes = [f"{folder.name} is left out: {folder.fault}" for folder in folders if folder.fault is not None]
-    more, said = _as_runs(finished, not arguments.non_embedding)
+    more, said = _as_runs(finished, arguments.loss, not arguments.non_embedding)
     return runs + more, notes + (said if more else [])
 
 
-def _as_runs(folders: Sequence[FolderRun], embeddings: bool) -> tuple[list[Run], list[str]]:
-    """Return finished runs with the better kind of loss that all of them have, and what is to be said of it."""
-    validation = all(folder.validation_loss is not None for folder in folders)
+def _as_runs(folders: Sequence[FolderRun], wanted: str, embeddings: bool) -> tuple[list[Run], list[str]]:
+    """Return finished runs with the loss that is wanted, `auto` the better that all have, and what to say of it."""
+    without = [folder.name for folder in folders if folder.validation_loss is None]
+    if without and wanted == "validation":
+        rule = f"needs an evaluation after the last step, and {', '.join(without[:6])} has none"
+        raise ConfigError([Violation("--loss", wanted, rule, ("training",))])
+    validation = not without and wanted != "training"
     kind = "the last evaluation" if validation else "the mean over the last twentieth of the steps"
     said = [f"loss: {kind}", *(_say_evaluations(folders) if validation else [])]
     return [folder.as_run(validation, embeddings) for folder in folders], said

@@ -111,6 +111,11 @@ def test_evaluations_count_where_every_run_has_one(tmp_path: Path, folders: list
     assert first["loss"] == pytest.approx(TRUTH.loss(first["num_params"], first["tokens"]) + 0.25)
     assert "last twentieth" in _call(FIT, *evaluated, *folders).text
     assert "evaluations are of 4,096 tokens only" in answer.text
+    training = _call(FIT, *evaluated, "--loss", "training")
+    assert "last twentieth" in training.text
+    assert _data(training)["runs"][0]["loss"] < first["loss"] - 0.1  # type: ignore[index]
+    with pytest.raises(ConfigError, match="needs an evaluation after the last step, and run-64-60"):
+        _call(FIT, *evaluated, *folders, "--loss", "validation")
     lines = evaluated[0] / VALIDATION_FILE
     lines.write_text(lines.read_text().replace("4096", "9000"))
     assert "evaluations are of 4,096 to 9,000 tokens, so not of one text" in _call(FIT, *evaluated).text
