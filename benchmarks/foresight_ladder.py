@@ -4,9 +4,9 @@
 
 The text is the source of the installed torch, up to 64 MiB of Python and C++, file by file in an order drawn from their
 names, so that what is kept for validation is like the rest. Sixteen runs are fitted, and one of more than four times
-the compute of the largest is predicted: an hour on two cores. Runs that FOLDER holds finished are not trained again.
-Sequences are short: in longer ones models so small learn at some step to copy from the context, which is a jump and no
-power law. For the same reason all runs have one depth, and one batch.
+the compute of the largest is predicted: forty minutes on two cores. Runs that FOLDER holds finished are not trained
+again. Sequences are short: in longer ones models so small learn at some step to copy from the context, which is a jump
+and no power law. For the same reason all runs have one depth, and one batch.
 """
 
 from __future__ import annotations

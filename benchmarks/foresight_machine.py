@@ -1,8 +1,8 @@
 """A hardware file from five runs on this machine, and what it foretells of ten others: step time and live bytes.
 
-    python benchmarks/foresight_machine.py [FOLDER] [--json]
+    python -m benchmarks.foresight_machine [FOLDER] [--json]
 
-Runs of one to four ranks train for 16 steps each on an otherwise idle CPU (about ten minutes); those in FOLDER are not
+Runs of one to four ranks train for 48 steps each on an otherwise idle CPU (about ten minutes); those in FOLDER are not
 run again. Live bytes are all that a rank's tensors hold at most in a step, counted at every operation.
 """
 
@@ -34,7 +34,7 @@ from dist_llm.runtime.pool import WorkerPool
 from dist_llm.train.bench_step import random_batch
 
 COMMON = (
-    "run.steps=16 run.resume=never model=llama-tiny model.vocab_size=1024 model.num_heads=4 model.num_kv_heads=4 "
+    "run.steps=48 run.resume=never model=llama-tiny model.vocab_size=1024 model.num_heads=4 model.num_kv_heads=4 "
     "model.max_seq_len=512 data.max_corpus_mib=4 telemetry.tensorboard=false telemetry.picture=false "
     "checkpoint.interval=0"
 )
