@@ -6,7 +6,8 @@
 Gradients go in the master format (practice.py says when not), parameters in the compute format. Native engine and FSDP:
 what computation covers is hidden but for the first and last unit, and slows what covers it by a quarter of itself, for
 collectives run on the same units. Megatron of 2021-23 below zero 3: nothing is hidden. Nor is it on a CPU, whose cores
-carry the traffic that they would hide; copies to and from its buffers come on top.
+carry the traffic that they would hide; on top come the copies to and from its buffers: of a gather the shard on its
+way in and all of it on its way out, of a reduction all on its way in and the sum of what came.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class Cover:
 
 def exchange_seconds(device: Device, fabric: Fabric, exchange: Exchange, held: Held, cover: Cover) -> float:
     """Return the seconds that gradients and parameters cost a step beyond what computation hides."""
-    gather = reduce = once = sharded = 0.0
+    gather = reduce = once = copied_out = copied_in = 0.0
     for numel, shared in ((held.dense, 1), (held.expert, exchange.expert)):
         if not numel or exchange.ranks // shared == 1:
             continue
@@ -98,10 +99,12 @@ def exchange_seconds(device: Device, fabric: Fabric, exchange: Exchange, held: H
         sums = gather_seconds if exchange.scatters else all_reduce_seconds
         reduce += sums(fabric, near, numel * exchange.gradient_width)
         once += all_reduce_seconds(fabric, far, numel / shards * exchange.gradient_width)
-        sharded += numel if shards > 1 else 0.0
+        if shards > 1:
+            copied_out += numel * (2 + 2 / shards)
+            copied_in += numel * (3 + 1 / shards)
     if not device.host_ahead:
-        gather += device.moved(2 * sharded * exchange.width)
-        reduce += device.moved(2 * sharded * exchange.gradient_width)
+        gather += device.moved(copied_out * exchange.width)
+        reduce += device.moved(copied_in * exchange.gradient_width)
         return _in_turn(exchange, cover.microbatches, gather, reduce) + once
     count, last = cover.microbatches, 1 / max(1, held.units)
     ends = last * (gather + reduce + once)
