@@ -131,6 +131,7 @@ def test_experts_count_by_what_a_token_meets(plan: Plan) -> None:
         (["budget.flops=1e20", "cluster=h100-sxm", "cluster.memory_gib=2"], "holds no layout of"),
         (["budget.flops=1e20", *CLUSTER, "cluster.mtbf_device_hours=0.01"], "lets 8 devices fail every"),
         (["budget.flops=1e20", *CLUSTER, "model.num_heads=13", "model.hidden_size=1792"], "model.num_heads=13"),
+        (["budget.flops=1e20", *CLUSTER, "cluster.devices_per_node=null"], "must be given where devices are GPUs"),
         (["budget.flop=1e20"], "did you mean budget.flops?"),
         (["budget.flops=1e27", *CLUSTER], "cluster.nodes=1 would take"),
         (
