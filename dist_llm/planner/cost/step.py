@@ -132,7 +132,7 @@ def _plan(config: RunConfig, ranks: int) -> _Plan:
 
 
 def node_devices(cluster: ClusterConfig) -> int:
-    """Return the devices of a node: as the cluster says, else of CPUs this machine's usable cores. Raises ConfigError."""
+    """Return the devices of a node: as the cluster says, else of CPUs this machine's cores. Raises ConfigError."""
     if cluster.devices_per_node is None and cluster.device == "cuda":
         rule = "must be given where devices are GPUs: only cores are counted on this machine"
         raise ConfigError([Violation("cluster.devices_per_node", None, rule, (8,))])
