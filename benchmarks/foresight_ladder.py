@@ -46,9 +46,11 @@ def _write_text(path: Path) -> None:
     root = Path(torch.submodule_search_locations[0])
     files = [file for file in root.rglob("*") if file.suffix in KINDS and file.is_file()]
     files.sort(key=lambda file: hashlib.sha256(str(file.relative_to(root)).encode()).digest())
-    with path.open("w", encoding="utf-8") as text:
+    whole = path.with_suffix(".part")
+    with whole.open("w", encoding="utf-8") as text:
         for file in files:
             text.write(json.dumps({"text": file.read_text(encoding="utf-8", errors="replace")}) + "\n")
+    whole.rename(path)
 
 
 def _corpus(words: list[str], text: Path) -> list[str]:

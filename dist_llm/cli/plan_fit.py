@@ -99,6 +99,9 @@ def _read(arguments: argparse.Namespace) -> tuple[list[Run], list[str]]:
     tables = [path for path in arguments.runs if not path.is_dir()]
     runs = [run for path in tables for run in read_table(path, names)]
     folders = [read_folder(path) for path in arguments.runs if path.is_dir()]
+    if arguments.loss != "auto" and not folders:
+        rule = "chooses between losses of folders, and a table has one: name its column by --columns loss=..."
+        raise ConfigError([Violation("--loss", arguments.loss, rule)])
     finished = [folder for folder in folders if folder.fault is None]
     notes = [f"{folder.name} is left out: {folder.fault}" for folder in folders if folder.fault is not None]
     more, said = _as_runs(finished, arguments.loss, not arguments.non_embedding)

@@ -30,8 +30,9 @@ def run_name(model: ModelConfig, tokens: int) -> str:
 
 
 def _short(number: float) -> str:
-    unit = max((unit for unit in (1, 1e3, 1e6, 1e9, 1e12) if unit <= number), default=1)
-    digits = f"{number / unit:.3g}" if number < 1000 * unit else f"{number / unit:.0f}"
+    # 999.7 million are a billion in three digits.
+    unit = max((unit for unit in (1, 1e3, 1e6, 1e9, 1e12) if 0.9995 * unit <= number), default=1)
+    digits = f"{number / unit:.3g}" if number < 999.5 * unit else f"{number / unit:.0f}"
     return digits + {1: "", 1e3: "K", 1e6: "M", 1e9: "B", 1e12: "T"}[unit]
 
 

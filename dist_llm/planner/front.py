@@ -55,7 +55,7 @@ def draw_front(points: Sequence[Point], memory_gib: float, chosen: Point) -> byt
     _name_points(axis, [*(point for point in front[:: max(1, len(front) // 6)] if point != chosen), chosen])
     axis.set_xscale("log")
     axis.set_yscale("log")
-    _mark(axis.xaxis, [point.memory_gib for point in points])
+    _mark(axis.xaxis, [*(point.memory_gib for point in points), memory_gib])
     _mark(axis.yaxis, [point.step_seconds for point in points])
     axis.set_xlabel("memory of the fullest device, GiB", color=_INK)
     axis.set_ylabel("time of a step, seconds", color=_INK)

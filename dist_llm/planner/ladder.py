@@ -95,12 +95,21 @@ def plan_ladder(
     for index, (flops, size) in enumerate(targets):
         free = [shape for shape in shapes if (flops, shape[1]) not in taken]
         if not free:
-            rule = "leaves too few shapes so small: the vocabulary alone has nearly as many parameters; use more FLOPs"
-            raise ConfigError([Violation("model.vocab_size", model.vocab_size, rule)])
+            raise _too_few_shapes(base)
         shape = _nearest(free, size)
         taken.add((flops, shape[1]))
         runs.append(_plan_run(base, shape, flops, f"{name}-{kind}-{index:02d}"))
     return runs
+
+
+def _too_few_shapes(base: LadderBase) -> ConfigError:
+    """Return the error of budgets for which no shape is small enough."""
+    model = base.config.model
+    if "model.num_layers" in base.kept:
+        rule = "leaves too few shapes so small; use fewer layers or more FLOPs"
+        return ConfigError([Violation("model.num_layers", model.num_layers, rule)])
+    rule = "leaves too few shapes so small: the vocabulary alone has nearly as many parameters; use more FLOPs"
+    return ConfigError([Violation("model.vocab_size", model.vocab_size, rule)])
 
 
 def _budgets(low: float, high: float, count: int) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 from dist_llm.config.request import PlanRequest
@@ -29,9 +30,9 @@ class Pins:
         """Return whether a choice of some settings agrees with what is fixed."""
         return all(self.values.get(name, value) == value for name, value in choice.items())
 
-    def without(self, name: str) -> Pins:
-        """Return all but one of them."""
-        return Pins({key: value for key, value in self.values.items() if key != name})
+    def without(self, *names: str) -> Pins:
+        """Return all but some of them."""
+        return Pins({key: value for key, value in self.values.items() if key not in names})
 
 
 FREE = Pins()
@@ -48,18 +49,37 @@ def pins_of(request: PlanRequest) -> Pins:
 
 
 def blame_pins(pins: Pins, rule: str, layouts_left: LayoutsLeft) -> list[Violation]:
-    """Return which pins leave no layout, with nearest values that would; nothing where there is none without them.
+    """Return which pins leave no layout, with values that would; nothing where there is none without them.
 
-    Those are to blame without which there is a layout; where no single one is, all are.
+    Those are to blame without which there is a layout, each alone; else the fewest that leave one together, with the
+    values that they have there.
     """
     if not pins.values or next(layouts_left(FREE), None) is None:
         return []
     cures = {name: {_value(config, name) for config in layouts_left(pins.without(name))} for name in pins.values}
-    blamed = [name for name, values in cures.items() if values] or list(pins.values)
+    if any(cures.values()):
+        return [
+            Violation(_key(name), pins.values[name], rule, _nearest(pins.values[name], values))
+            for name, values in cures.items()
+            if values
+        ]
+    names, config = _together(pins, layouts_left)
+    rule = f"{rule} together with {' and '.join(_key(name) for name in names)}" if len(names) > 1 else rule
     return [
-        Violation(_key(name), pins.values[name], rule, _nearest(pins.values[name], cures[name]) or (None,))
-        for name in blamed
+        Violation(_key(name), pins.values[name], rule, (_value(config, name),))
+        for name in names
+        if _value(config, name) != pins.values[name]
     ]
+
+
+def _together(pins: Pins, layouts_left: LayoutsLeft) -> tuple[tuple[str, ...], RunConfig]:
+    """Return the fewest pins without which there is a layout, and the layout."""
+    for size in range(2, len(pins.values)):
+        for names in combinations(pins.values, size):
+            config = next(layouts_left(pins.without(*names)), None)
+            if config is not None:
+                return names, config
+    return tuple(pins.values), next(layouts_left(FREE))
 
 
 def _key(name: str) -> str:

@@ -122,9 +122,17 @@ def _plan_hours(request: PlanRequest, law: Law) -> Plan:
     if hours > MOST_DAYS * 24 * devices:
         raise refuse_hours(request, hours / (24 * devices))
     flops, aim = hours * 3600 * peak_flops_per_second(request) * 0.4, hours * (1 - CLOSE / 2)
-    low, high, best, slope, before = 0.0, math.inf, None, 1.0, None
+    low, high, slope, before = 0.0, math.inf, 1.0, None
+    best: Plan | None = None
+    refused: ConfigError | None = None
     for _ in range(MOST_ROUNDS):
-        plan = _plan_flops(request, law, flops)
+        try:
+            plan = _plan_flops(request, law, flops)
+        except ConfigError as error:
+            # A guess may be more than there is a plan for, and the budget itself be less.
+            refused, high = refused or error, flops
+            flops = math.sqrt(low * high) if low else flops / 2
+            continue
         apart = aim / plan.spending.device_hours
         if apart >= 1 - CLOSE / 2:
             low, best = flops, plan
@@ -138,6 +146,8 @@ def _plan_hours(request: PlanRequest, law: Law) -> Plan:
         before = (flops, apart)
         guess = flops * apart ** (1 / slope)
         flops = guess if low < guess < high else math.sqrt(low * high)
+    if best is None and refused is not None:
+        raise refused
     return best or plan
 
 
@@ -150,13 +160,13 @@ def _plan_flops(request: PlanRequest, law: Law, flops: float) -> Plan:
     size, shapes = _model(request, law, flops)
     shape = shapes[0]
     batch, draft = _draft(request, size, shape)
-    pins = pins_of(request)
+    pins, first = pins_of(request), draft
     ranking = rank_layouts(draft, devices, pins)
     while not ranking.proposed and not request.data.global_batch and _sequences(draft) < 4 * batch.batch_sequences:
         draft = _resized(draft, size, 2 * _sequences(draft))
         ranking = rank_layouts(draft, devices, pins)
     if not ranking.proposed:
-        raise refuse_batch(request, draft, devices)
+        raise refuse_batch(request, first if pins.values else draft, devices)
     if size.tokens < FEWEST_STEPS * _sequences(draft) * draft.data.seq_len:
         raise refuse_steps(request, draft, size.tokens)
     if not ranking.fitting:
@@ -173,7 +183,8 @@ def _draft(request: PlanRequest, size: Size, shape: Shape) -> tuple[Recommendati
     seq_len = request.data.seq_len or min(4096, shape.model.max_seq_len)
     devices = _machines(request)[1]
     batch = recommend(law_parameters(shape, embeddings=False), size.tokens, seq_len)
-    sequences = request.data.global_batch or round_batch(batch.batch_sequences, devices)
+    filled = (request.parallel.data or 1) * (request.data.microbatch or 1)
+    sequences = request.data.global_batch or round_batch(batch.batch_sequences, devices, filled)
     sizes = (sequences, seq_len, _steps(size, sequences * seq_len))
     if sizes[2] > MOST_STEPS:
         raise refuse_batch_of(request, sequences, sizes[2])
@@ -271,8 +282,8 @@ def _hosts(request: PlanRequest) -> tuple[int, int]:
     return devices // each, each
 
 
-def round_batch(sequences: float, devices: int) -> int:
-    """Return a number near to a batch that many layouts of so many devices divide.
+def round_batch(sequences: float, devices: int, filled: int = 1) -> int:
+    """Return a number near to a batch that many layouts of so many devices divide, a multiple of `filled`.
 
     2^k or 3 x 2^k, times the odd part of the devices where that changes the batch by less than a half. Published laws
     lie further apart than these: each time that devices must be halved to divide it counts as IDLE in ln of the batch.
@@ -285,6 +296,7 @@ def round_batch(sequences: float, devices: int) -> int:
     while odd % 2 == 0:
         odd //= 2
     unit = odd if odd not in (1, 3) and odd < 1.5 * sequences else 1
+    unit = math.lcm(unit, filled)
     wanted = max(1.0, sequences / unit)
     exponent = max(0, math.floor(math.log2(wanted)))
     near = [2**exponent, 3 * 2 ** (exponent - 1) if exponent else 2, 2 ** (exponent + 1)]

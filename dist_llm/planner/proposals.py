@@ -13,6 +13,7 @@ from typing import Any
 
 from dist_llm.config.checks import OF_THIS_MACHINE, RULES
 from dist_llm.config.model import ModelConfig
+from dist_llm.config.parallel import V_SCHEDULES
 from dist_llm.config.rules import divisors
 from dist_llm.config.run import RunConfig
 from dist_llm.planner.layouts import pipeline_schedules
@@ -75,7 +76,8 @@ def _splits(config: RunConfig, ranks: int, devices_per_node: int, pins: Pins) ->
         for context in _contexts(config.data.seq_len, ranks // tensor, pins):
             for pipeline in divisors(ranks // tensor // context):
                 data = ranks // tensor // context // pipeline
-                if pipeline <= min(model.num_layers, MOST_PIPELINE) and data <= config.data.global_batch:
+                deepest = min(model.num_layers, max(MOST_PIPELINE, pins.values.get("pipeline", 1)))
+                if pipeline <= deepest and data <= config.data.global_batch:
                     even = tensor > 1 and config.data.seq_len % (tensor * context) == 0
                     split = {"tensor": tensor, "context": context, "pipeline": pipeline, "data": data}
                     split["sequence"] = pins.values.get("sequence", even)
@@ -98,13 +100,26 @@ def _inner(config: RunConfig, split: Choice, microbatch: int, pins: Pins) -> Ite
     """Yield schedule and ZeRO stage for a split."""
     stages = (1, 3) if split["data"] * split["context"] > 1 else (0,)
     usual = stages if split["pipeline"] == 1 else stages[:1]
-    if {"schedule", "virtual_pipeline"} & pins.values.keys():
-        schedules: Iterator[Choice] = pipeline_schedules(config.model.num_layers, split["pipeline"])
-    else:
-        schedules = _schedules(config, split, microbatch)
-    for schedule in filter(pins.allow, schedules):
+    for schedule in _pinned_schedules(config, split, microbatch, pins):
         for zero in pins.among("zero", usual):
             yield {**schedule, "zero": zero}
+
+
+def _pinned_schedules(config: RunConfig, split: Choice, microbatch: int, pins: Pins) -> Iterator[Choice]:
+    """Yield the schedules that pins leave, where they name none the usual ones; without a pipeline none has effect."""
+    chunks = pins.values.get("virtual_pipeline")
+    if not {"schedule", "virtual_pipeline"} & pins.values.keys():
+        yield from _schedules(config, split, microbatch)
+        return
+    if split["pipeline"] == 1:
+        if pins.values.get("pipeline") == 1 and chunks in (None, 1):
+            yield {"schedule": pins.values.get("schedule", "1f1b"), "virtual_pipeline": 1}
+        return
+    for each in pipeline_schedules(config.model.num_layers, split["pipeline"]):
+        in_a_v = each["schedule"] in V_SCHEDULES and chunks == 1
+        few = chunks is not None or int(str(each["virtual_pipeline"])) <= MOST_CHUNKS
+        if few and (pins.allow(each) or (in_a_v and pins.without("virtual_pipeline").allow(each))):
+            yield each
 
 
 def _schedules(config: RunConfig, split: Choice, microbatch: int) -> Iterator[Choice]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 
 from dist_llm.config.checks import OF_THIS_MACHINE, RULES, check
@@ -99,23 +100,36 @@ def refuse_batch(request: PlanRequest, draft: RunConfig, devices: int) -> Config
     """Return the error of a run that has no layout: rules that it breaks on any, or a batch for fewer devices."""
     elsewhere = {slip.words for rule in RULES if rule.name in OF_THIS_MACHINE for slip in rule(draft, None)}
     if broken := [violation for violation in check(draft, None) if violation.rule not in elsewhere]:
-        return ConfigError(broken)
+        return ConfigError([_as_requested(violation) for violation in broken])
     nodes, sequences, pins = request.cluster.nodes or 1, draft.data.global_batch, pins_of(request)
     rule = f"leaves no layout of {sequences} sequences of {draft.data.seq_len} tokens on {devices} devices"
     each = devices // nodes
-    blamed = blame_pins(pins, rule, lambda left: (same[0] for same in propose_layouts(draft, devices, each, left)))
+    blamed = blame_pins(pins, rule, lambda left: fitting_layouts(draft, devices, left))
+    blamed = blamed or blame_pins(pins, rule, lambda left: _proposed(draft, devices, left))
     if blamed:
         return ConfigError(blamed)
     rule = f"has {devices} devices, and a batch of {sequences} sequences can be dealt to so many in no layout"
     halves = (nodes >> times for times in range(1, nodes.bit_length()))
     fewer = tuple(islice((n for n in halves if any(propose_layouts(draft, n * each, each, pins))), 1))
     larger, all_sequences = -(-sequences // devices) * devices, draft.run.steps * sequences
+    more = draft.model_copy(update={"data": draft.data.model_copy(update={"global_batch": larger})})
     violations = [Violation("cluster.nodes", nodes, rule, fewer)]
     if FEWEST_STEPS * larger > all_sequences:
         violations.append(_more_tokens(request, FEWEST_STEPS * larger / all_sequences, "or spend more"))
     else:
-        violations.append(Violation("data.global_batch", sequences, "or take a batch that they divide", (larger,)))
+        dealt = (larger,) if any(_proposed(more, devices, pins)) else ()
+        violations.append(Violation("data.global_batch", sequences, "or take a batch that they divide", dealt))
     return ConfigError(violations)
+
+
+def _as_requested(violation: Violation) -> Violation:
+    """Return a violation by the key that a request has for it: `engine` for `engine.name`."""
+    return replace(violation, key=violation.key.removesuffix(".name"))
+
+
+def _proposed(draft: RunConfig, devices: int, pins: Pins) -> Iterator[RunConfig]:
+    """Yield the layouts that pins leave, whether they fit or not."""
+    return (variants[0] for variants in propose_layouts(draft, devices, node_devices(draft.cluster), pins))
 
 
 def refuse_steps(request: PlanRequest, draft: RunConfig, tokens: float) -> ConfigError:
@@ -123,7 +137,8 @@ def refuse_steps(request: PlanRequest, draft: RunConfig, tokens: float) -> Confi
     data = draft.data
     rule = f"makes steps of {data.global_batch * data.seq_len:,} tokens, and the budget trains on {tokens:,.0f}"
     if request.data.global_batch is not None:
-        fewer = (2 ** max(0, int(math.log2(max(1.0, tokens / data.seq_len / 1000)))),)
+        filled = (request.parallel.data or 1) * (request.data.microbatch or 1)
+        fewer = (filled * 2 ** max(0, int(math.log2(max(1.0, tokens / data.seq_len / 1000 / filled)))),)
         return ConfigError([Violation("data.global_batch", data.global_batch, rule, fewer)])
     return ConfigError([_more_tokens(request, FEWEST_STEPS * data.global_batch * data.seq_len / tokens, rule)])
 
@@ -144,6 +159,12 @@ def refuse_shapes(request: PlanRequest, num_params: float) -> ConfigError:
     )
     names = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "ffn_hidden_size", "vocab_size")
     fixed = {name: getattr(wish, name) for name in names if getattr(wish, name) is not None}
+    tensor = request.parallel.tensor or 1
+    if tensor > 1:
+        fixed_tensor = Violation("parallel.tensor", tensor, f"{rule}, split over so many", (None,))
+        return ConfigError(
+            [fixed_tensor, *(Violation(f"model.{name}", value, rule, (None,)) for name, value in fixed.items())]
+        )
     if fixed:
         return ConfigError([Violation(f"model.{name}", value, rule, (None,)) for name, value in fixed.items()])
     name, budget = _budget(request)

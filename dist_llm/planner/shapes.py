@@ -67,7 +67,7 @@ def search_shapes(
     optimum's. tensor: ranks that heads must split over. Empty where no shape agrees with what is fixed.
     """
     found = []
-    for shape in _shapes(wish, seq_len, target, embeddings):
+    for shape in _shapes(wish, seq_len, target, embeddings, tensor):
         if shape.model.num_heads % tensor or shape.model.kv_heads % tensor:
             continue
         aspect = shape.model.hidden_size / shape.model.num_layers
@@ -83,18 +83,18 @@ def usual_aspect(num_params: float) -> float:
     return float(min(128.0, max(24.0, 64 * (num_params / 1.24e8) ** 0.172)))
 
 
-def _shapes(wish: ModelRequest, seq_len: int, target: float, embeddings: bool) -> Iterator[Shape]:
+def _shapes(wish: ModelRequest, seq_len: int, target: float, embeddings: bool, tensor: int) -> Iterator[Shape]:
     """Yield for each width the depth that comes closest to the target from below and from above."""
     for width in [wish.hidden_size] if wish.hidden_size else _widths(target, wish.num_heads or 1):
         # Layers beyond these are alike: the first may be dense where others have experts.
         start = 1 + (wish.moe.num_dense_layers if wish.moe.num_experts else 0)
-        one, two = (measure(build_model(wish, seq_len, target, width, layers)) for layers in (start, start + 1))
+        one, two = (measure(build_model(wish, seq_len, target, width, layers, tensor)) for layers in (start, start + 1))
         total, active = two.num_params - one.num_params, two.active_params - one.active_params
         exact = start + (target - law_parameters(one, embeddings)) / active
         step = _layer_step(target)
         near = {max(1, step * math.floor(exact / step)), max(1, step * math.ceil(exact / step))}
         for layers in [wish.num_layers] if wish.num_layers else sorted(near):
-            model, more = build_model(wish, seq_len, target, width, layers), layers - start
+            model, more = build_model(wish, seq_len, target, width, layers, tensor), layers - start
             if layers > MOST_LAYERS or model.num_heads % model.kv_heads or model.head_width % 2:
                 continue
             known = Shape(model, one.num_params + more * total, one.active_params + more * active)
@@ -116,13 +116,21 @@ def _layer_step(target: float) -> int:
     return 1 if target < SMALL else 2 if target < 1e10 else 4
 
 
-def build_model(wish: ModelRequest, seq_len: int, target: float, width: int, layers: int) -> ModelConfig:
-    """Return the model of that width and depth; what the request leaves open follows its family and size."""
+def build_model(
+    wish: ModelRequest, seq_len: int, target: float, width: int, layers: int, tensor: int = 1
+) -> ModelConfig:
+    """Return the model of that width and depth; what the request leaves open follows its family and size.
+
+    tensor: ranks over which key heads are to split, where that is left open.
+    """
     options = dict(FAMILIES[wish.family])
     if wish.tie_embeddings is not None or target < SMALL:
         options["tie_embeddings"] = True if wish.tie_embeddings is None else wish.tie_embeddings
     heads = wish.num_heads or _num_heads(width, target)
-    kv_heads = wish.num_kv_heads or (8 if wish.family == "llama" and target >= LARGE and heads % 8 == 0 else heads)
+    usual = math.lcm(8, tensor)
+    kv_heads = wish.num_kv_heads or (
+        usual if wish.family == "llama" and target >= LARGE and heads % usual == 0 else heads
+    )
     vocab = wish.vocab_size or usual_vocab(wish.family, target)
     return ModelConfig(
         family=wish.family,

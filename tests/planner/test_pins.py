@@ -21,6 +21,7 @@ PINNED = [
     ("parallel.zero=2", "parallel.recompute=full"),
     ("parallel.context=2", "parallel.sequence=false"),
     ("parallel.recompute=selective", "parallel.pipeline=2"),
+    ("parallel.schedule=zbv", "parallel.pipeline=1"),
 ]
 
 
@@ -58,7 +59,8 @@ def test_all_layouts_have_it(plan: Plan) -> None:
     [
         (["parallel.tensor=3"], r"parallel\.tensor=3 leaves no layout of .*; use 4, 2 or "),
         (["parallel.data=5", "parallel.tensor=2"], r"1 setting.*parallel\.data=5 leaves .*; use 4, 8 or "),
-        (["parallel.schedule=dualpipev", "parallel.pipeline=1"], r"parallel\.pipeline=1 .*; use 2, 4 or "),
+        (["parallel.virtual_pipeline=2", "parallel.pipeline=1"], r"parallel\.pipeline=1 .*; use 2, 4 or "),
+        (["parallel.tensor=16", "model.num_heads=12"], r"parallel\.tensor=16 .*\n *model\.num_heads=12 "),
         (["parallel.expert=2"], r"parallel\.expert=2 leaves no layout .*; use 1"),
         (
             ["data.microbatch=16", "parallel.recompute=none", "parallel.tensor=1", "parallel.pipeline=1"],
@@ -71,10 +73,45 @@ def test_what_leaves_no_layout_is_named(refused: Callable[..., str], words: list
     assert re.search(said, refused(*GIVEN, *words), re.DOTALL)
 
 
-def test_what_is_named_would_do(refused: Callable[..., str], plan: Plan) -> None:
-    words = ["data.microbatch=16", "parallel.recompute=none", "parallel.tensor=1"]
-    fits = r"(parallel\.\w+|data\.microbatch)=\w+ leaves no layout that fits.*; use (\w+)"
-    found = re.search(fits, refused(*GIVEN, *words))
-    assert found is not None
-    rest = [word for word in words if not word.startswith(found[1])]
-    assert plan(*GIVEN, *rest, f"{found[1]}={found[2]}")["layouts"]
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["data.microbatch=16", "parallel.recompute=none", "parallel.tensor=1"],
+        ["parallel.pipeline=5"],
+        ["parallel.data=3", "parallel.zero=2"],
+        ["parallel.context=3", "data.microbatch=2"],
+    ],
+    ids=" ".join,
+)
+def test_each_value_that_is_named_would_do(refused: Callable[..., str], plan: Plan, words: list[str]) -> None:
+    named = re.findall(r"((?:parallel|data)\.\w+)=\w+ leaves no .*; use (.+)", refused(*GIVEN, *words))
+    assert named
+    for key, values in named:
+        rest = [word for word in words if not word.startswith(key)]
+        for value in re.split(", | or ", values):
+            assert plan(*GIVEN, *rest, f"{key}={value}")["layouts"]
+
+
+def test_pins_that_are_wrong_together_are_named_together(refused: Callable[..., str], plan: Plan) -> None:
+    words = ["parallel.tensor=3", "parallel.data=5", "parallel.zero=1"]
+    said = refused(*GIVEN, *words)
+    named = dict(re.findall(r"(parallel\.\w+)=\w+ leaves no layout .* together .*; use (\w+)", said))
+    assert set(named) == {"parallel.tensor", "parallel.data"}
+    assert plan(*GIVEN, "parallel.zero=1", *(f"{key}={value}" for key, value in named.items()))["layouts"]
+
+
+def test_a_free_batch_fills_what_is_fixed(plan: Plan) -> None:
+    found = plan("budget.flops=1e19", "cluster=h100-sxm", "parallel.data=8", "data.microbatch=32")
+    assert found["batch"]["sequences"] == 256
+
+
+def test_key_heads_of_large_models_split_over_a_fixed_tensor(plan: Plan) -> None:
+    found = plan("budget.flops=1e22", "cluster=h100-sxm", "cluster.nodes=2", "parallel.tensor=16")
+    assert found["model"]["num_kv_heads"] % 16 == 0
+    assert found["model"]["num_params"] > 8e9
+
+
+def test_all_chunks_are_not_weighed_for_a_fixed_schedule(plan: Plan) -> None:
+    words = ("budget.flops=1e23", "cluster=h100-sxm", "cluster.nodes=8", "model=llama3-70b")
+    found = plan(*words, "parallel.schedule=zero_bubble")
+    assert found["num_layouts"]["weighed"] < 4000

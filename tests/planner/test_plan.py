@@ -62,6 +62,15 @@ def test_a_budget_of_hours_or_money_is_met(plan: Plan, budget: tuple[str, float]
     assert found[name] == pytest.approx(amount, rel=0.02)
 
 
+def test_hours_have_a_plan_though_a_guess_on_the_way_has_none(plan: Plan) -> None:
+    found = plan("budget.gpu_hours=96090", "cluster=l40s")
+    assert 0.95 * 96090 < found["gpu_hours"] <= 96090
+
+
+def test_a_run_of_nearly_a_billion_has_a_name(plan: Plan) -> None:
+    assert plan("budget.flops=4.816e22", "cluster=h100-sxm", "cluster.nodes=8", "model=llama3-8b")["layouts"]
+
+
 def test_the_written_config_trains_what_was_planned(plan: Plan, tmp_path: Path) -> None:
     path = tmp_path / "plan.yaml"
     found = plan("budget.flops=1e20", "cluster=a100-80gb", "cluster.nodes=4", "--write", str(path))
