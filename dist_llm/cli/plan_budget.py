@@ -24,8 +24,9 @@ _EPILOG = """\
 
 budget.{flops,gpu_hours,usd}: one of them. cluster=<preset>, cluster.nodes and any other figure of it. data.tokens: the
 distinct tokens there are. serving.tokens: that the model will read and write. model.{family,vocab_size,...} fixes part
-of the model, model=<preset> all of it. parallel.{tensor,pipeline,zero,recompute,...} and data.microbatch fix part of
-the layout. data.{seq_len,global_batch}, precision, engine, launcher, law.
+of the model, model=<preset> all of it. data.microbatch and parallel.{tensor,sequence,pipeline,virtual_pipeline,
+schedule,context,expert,data,zero,recompute} fix part of the layout; the config that is written takes all other
+settings of parallel. data.{seq_len,global_batch}, precision, engine, launcher, law.
 What is written is a config: dist-llm launch --config FILE, dist-llm plan dry-run --config FILE.
 Other commands: dist-llm plan layouts, dry-run, predict, ladder and fit; each has --help."""
 

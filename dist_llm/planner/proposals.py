@@ -71,6 +71,8 @@ def _splits(config: RunConfig, ranks: int, devices_per_node: int, pins: Pins) ->
     """Yield how the ranks may be split: tensor and context inside a node, pipeline and data over the rest."""
     model = config.model
     for tensor in pins.among("tensor", (n for n in divisors(ranks) if n <= devices_per_node)):
+        if tensor == 1 and pins.values.get("sequence"):
+            continue  # it would split nothing
         if ranks % tensor or model.num_heads % tensor or model.kv_heads % tensor:
             continue
         for context in _contexts(config.data.seq_len, ranks // tensor, pins):

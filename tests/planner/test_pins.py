@@ -22,6 +22,7 @@ PINNED = [
     ("parallel.context=2", "parallel.sequence=false"),
     ("parallel.recompute=selective", "parallel.pipeline=2"),
     ("parallel.schedule=zbv", "parallel.pipeline=1"),
+    ("parallel.sequence=true",),
 ]
 
 
@@ -31,6 +32,7 @@ def test_the_plan_has_what_is_fixed(plan: Plan, tmp_path: Path, pinned: tuple[st
     found = plan(*GIVEN, *pinned, "--write", str(file))
     assert found["layouts"]
     config = decode(read_document(file)).model_dump(mode="json")
+    assert not config["parallel"]["sequence"] or config["parallel"]["tensor"] > 1
     for word in pinned:
         key, _, value = word.partition("=")
         section, _, name = key.partition(".")
