@@ -99,7 +99,17 @@ def plan_ladder(
         shape = _nearest(free, size)
         taken.add((flops, shape[1]))
         runs.append(_plan_run(base, shape, flops, f"{name}-{kind}-{index:02d}"))
+    if num_runs > 1 and len({run.num_params for run in runs}) == 1:
+        raise _one_size(law, budgets, runs[0].num_params)
     return runs
+
+
+def _one_size(law: Law, budgets: tuple[float, float], num_params: int) -> ConfigError:
+    """Return the error of budgets for which all runs are of the smallest shape, with larger ones."""
+    rule = f"makes all runs of {num_params:,} parameters, as no shape is smaller, and shows nothing of how loss falls"
+    times = max(2.0, (2 * num_params / law.optimal(budgets[0]).num_params) ** 2)
+    larger = ":".join(f"{budget * times:.1e}" for budget in budgets)
+    return ConfigError([Violation("--flops", f"{budgets[0]:g}:{budgets[1]:g}", rule, (larger,))])
 
 
 def _too_few_shapes(base: LadderBase) -> ConfigError:

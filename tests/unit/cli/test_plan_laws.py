@@ -354,6 +354,11 @@ def _run(words: list[str], environment: dict[str, str], folder: Path) -> list[st
         (["--flops", "1e13:1e14", "--runs", "0"], "--runs=0 must be from 1"),
         (["--flops", "1e13:1e14", "--law", "besirogluu"], "use besiroglu"),
         (["--flops", "1e3:1e4"], "leaves too few shapes"),
+        (["--flops", "1e12:1e13", "model.num_layers=500"], "model.num_layers=500 leaves too few shapes"),
+        (
+            [*"model=llama-tiny model.vocab_size=512 model.num_layers=2 data.seq_len=64 --flops 1e10:1.5e10".split()],
+            "makes all runs of 14,928 parameters",
+        ),
         (["--flops", "1e12:1e13", "data.global_batch=4096", "data.microbatch=4096"], "steps of 4096 sequences"),
         (["--flops", "1e13:1e14", "optimizer.lrr=1"], "optimizer.lrr"),
     ],
