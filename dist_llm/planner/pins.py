@@ -48,6 +48,11 @@ def pins_of(request: PlanRequest) -> Pins:
     return Pins({name: value for name, value in values.items() if value is not None})
 
 
+def filled_sequences(request: PlanRequest) -> int:
+    """Return the sequences that fill the data ranks and microbatches that are fixed once."""
+    return (request.parallel.data or 1) * (request.data.microbatch or 1)
+
+
 def blame_pins(pins: Pins, rule: str, layouts_left: LayoutsLeft) -> list[Violation]:
     """Return which pins leave no layout, with values that would; nothing where there is none without them.
 

@@ -16,7 +16,7 @@ from dist_llm.planner.batch_laws import Recommendation, recommend
 from dist_llm.planner.cost.step import node_devices
 from dist_llm.planner.draft import draft_config, warmup_steps
 from dist_llm.planner.laws import Law, Optimum, ParametricLaw
-from dist_llm.planner.pins import pins_of
+from dist_llm.planner.pins import filled_sequences, pins_of
 from dist_llm.planner.published_laws import DEFAULT_LAW
 from dist_llm.planner.ranking import Ranked, Ranking, rank_layouts
 from dist_llm.planner.refusals import (
@@ -183,7 +183,7 @@ def _draft(request: PlanRequest, size: Size, shape: Shape) -> tuple[Recommendati
     seq_len = request.data.seq_len or min(4096, shape.model.max_seq_len)
     devices = _machines(request)[1]
     batch = recommend(law_parameters(shape, embeddings=False), size.tokens, seq_len)
-    filled = (request.parallel.data or 1) * (request.data.microbatch or 1)
+    filled = filled_sequences(request)
     sequences = request.data.global_batch or round_batch(batch.batch_sequences, devices, filled)
     sizes = (sequences, seq_len, _steps(size, sequences * seq_len))
     if sizes[2] > MOST_STEPS:

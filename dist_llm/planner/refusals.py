@@ -14,7 +14,7 @@ from dist_llm.config.rules import divisors
 from dist_llm.config.run import RunConfig
 from dist_llm.errors import ConfigError, Violation
 from dist_llm.planner.cost.step import node_devices
-from dist_llm.planner.pins import Pins, blame_pins, pins_of
+from dist_llm.planner.pins import Pins, blame_pins, filled_sequences, pins_of
 from dist_llm.planner.proposals import propose_layouts
 from dist_llm.planner.ranking import FULL, Ranking, fitting_layouts, holds
 from dist_llm.planner.shapes import MOST_LAYERS, Shape
@@ -137,7 +137,7 @@ def refuse_steps(request: PlanRequest, draft: RunConfig, tokens: float) -> Confi
     data = draft.data
     rule = f"makes steps of {data.global_batch * data.seq_len:,} tokens, and the budget trains on {tokens:,.0f}"
     if request.data.global_batch is not None:
-        filled = (request.parallel.data or 1) * (request.data.microbatch or 1)
+        filled = filled_sequences(request)
         fewer = (filled * 2 ** max(0, int(math.log2(max(1.0, tokens / data.seq_len / 1000 / filled)))),)
         return ConfigError([Violation("data.global_batch", data.global_batch, rule, fewer)])
     return ConfigError([_more_tokens(request, FEWEST_STEPS * data.global_batch * data.seq_len / tokens, rule)])
@@ -159,14 +159,12 @@ def refuse_shapes(request: PlanRequest, num_params: float) -> ConfigError:
     )
     names = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "ffn_hidden_size", "vocab_size")
     fixed = {name: getattr(wish, name) for name in names if getattr(wish, name) is not None}
+    violations = [Violation(f"model.{name}", value, rule, (None,)) for name, value in fixed.items()]
     tensor = request.parallel.tensor or 1
     if tensor > 1:
-        fixed_tensor = Violation("parallel.tensor", tensor, f"{rule}, split over so many", (None,))
-        return ConfigError(
-            [fixed_tensor, *(Violation(f"model.{name}", value, rule, (None,)) for name, value in fixed.items())]
-        )
-    if fixed:
-        return ConfigError([Violation(f"model.{name}", value, rule, (None,)) for name, value in fixed.items()])
+        violations.insert(0, Violation("parallel.tensor", tensor, f"{rule}, split over so many", (None,)))
+    if violations:
+        return ConfigError(violations)
     name, budget = _budget(request)
     near = float(f"{budget * min(0.5, (LARGEST_PARAMS / num_params) ** 2):.2g}")
     return ConfigError([Violation(f"budget.{name}", budget, rule, (near,))])

@@ -68,8 +68,6 @@ def search_shapes(
     """
     found = []
     for shape in _shapes(wish, seq_len, target, embeddings, tensor):
-        if shape.model.num_heads % tensor or shape.model.kv_heads % tensor:
-            continue
         aspect = shape.model.hidden_size / shape.model.num_layers
         counted = law_parameters(shape, embeddings)
         apart = math.log(aspect / usual_aspect(counted)) / math.log(4)
@@ -96,6 +94,8 @@ def _shapes(wish: ModelRequest, seq_len: int, target: float, embeddings: bool, t
         for layers in [wish.num_layers] if wish.num_layers else sorted(near):
             model, more = build_model(wish, seq_len, target, width, layers, tensor), layers - start
             if layers > MOST_LAYERS or model.num_heads % model.kv_heads or model.head_width % 2:
+                continue
+            if model.kv_heads % tensor:
                 continue
             known = Shape(model, one.num_params + more * total, one.active_params + more * active)
             yield known if more >= 0 else measure(model)
