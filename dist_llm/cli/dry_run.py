@@ -11,6 +11,7 @@ from dist_llm.errors import ConfigError, Violation
 
 if TYPE_CHECKING:
     from dist_llm.cli.compose import Composed
+    from dist_llm.config.run import RunConfig
 
 _EPILOG = """\
 Every stage is built as training builds it, on a process group of any size that moves nothing and on tensors without
@@ -25,6 +26,9 @@ holds the most:
   peak_activation_bytes  everything else, at most: what the backward needs, what is being computed, receive buffers
   traffic                collectives of a step by axis and kind, as `count` and `payload_bytes`; of several stages on
                          a rank, the first has what the rank issues once for all of them
+
+The last line adds what a device holds beside tensors, by the figures of cluster: the workspace of matrix products,
+fragmentation, and cluster.reserve_gib. In --json: device_bytes, of the fullest, capacity_bytes and fits.
 
 Ranks are parallel.data x pipeline x context x tensor where parallel.data is set, else --ranks, else those of the
 launcher. Without data.global_batch a step has data ranks x data.microbatch x parallel.pipeline sequences.
@@ -54,7 +58,19 @@ def dry_run(arguments: argparse.Namespace) -> Answer:
     from dist_llm.train.dry_run import dry_run as build
 
     data = build(config, ranks, say_on_stderr)
+    data |= _on_device(config, data["pipeline_ranks"])
     return Answer(_text(data), data)
+
+
+def _on_device(config: RunConfig, rows: object) -> dict[str, object]:
+    """Return what the fullest device holds in all, and whether the cluster's do."""
+    from dist_llm.planner.device_memory import device_memory
+
+    assert isinstance(rows, list)
+    peak_bytes, device = max(row["peak_bytes"] for row in rows), device_memory(config)
+    held = (peak_bytes + device.workspace_bytes) * (1 + device.fragmentation) + device.reserve_bytes
+    capacity = config.cluster.memory_gib * 2**30
+    return {"device_bytes": round(held), "capacity_bytes": round(capacity), "fits": held <= capacity}
 
 
 def _ranks(composed: Composed, asked: int | None) -> int:
@@ -110,6 +126,9 @@ def _text(data: Mapping[str, object]) -> str:
         stages = ",".join(str(stage) for stage in row["stages"])
         sizes = "".join(f"{_gib(row[f'{name}_bytes']):>16}" for name in _COLUMNS)
         lines.append(f"{row['pipeline_rank']:>4}  {stages:<12}{sizes}{_gib(row['peak_bytes']):>11}")
+    held, capacity = (_gib(data[f"{name}_bytes"]).strip() for name in ("device", "capacity"))
+    verdict = "fits" if data["fits"] else "does not fit"
+    lines.append(f"with workspace, fragmentation and reserve {held} of {capacity} GiB of a device: {verdict}")
     return "\n".join(lines)
 
 

@@ -116,8 +116,16 @@ def _as_runs(folders: Sequence[FolderRun], wanted: str, embeddings: bool) -> tup
         raise ConfigError([Violation("--loss", wanted, rule, ("training",))])
     validation = not without and wanted != "training"
     kind = "the last evaluation" if validation else "the mean over the last twentieth of the steps"
-    said = [f"loss: {kind}", *(_say_evaluations(folders) if validation else [])]
+    said = [f"loss: {kind}", *_say_texts(folders), *(_say_evaluations(folders) if validation else [])]
     return [folder.as_run(validation, embeddings) for folder in folders], said
+
+
+def _say_texts(folders: Sequence[FolderRun]) -> list[str]:
+    """Return that runs read different text, if they do: one law does not hold for it."""
+    texts = sorted({folder.text for folder in folders})
+    if len(texts) < 2:
+        return []
+    return [f"runs read different text, on which losses are not comparable: data.path={', '.join(texts[:3])}"]
 
 
 def _say_evaluations(folders: Sequence[FolderRun]) -> list[str]:

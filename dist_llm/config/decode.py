@@ -88,6 +88,10 @@ def _unknown(kind: type[Section], key: str, value: object) -> Iterator[Violation
         for name, inner in value.items():
             yield from _unknown(kind, f"{key}.{name}", inner)
         return
+    if kind is not RunConfig and field_at(key) is not None:
+        rule = "is a setting of a run, not of this command: set it in the run's config"
+        yield Violation(str(shown(key)), shown(value), rule)
+        return
     near = closest_key(key, kind)
     everything = (
         "dist-llm train --cfg prints them all" if kind is RunConfig else "the help of this command has them all"

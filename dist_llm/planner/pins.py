@@ -9,8 +9,15 @@ from itertools import combinations
 from typing import Any
 
 from dist_llm.config.request import PlanRequest
+from dist_llm.config.rules import LAYOUT_RULES
 from dist_llm.config.run import RunConfig
 from dist_llm.errors import Violation
+
+FREE_ONLY_SOMETIMES = "context"
+"""A setting that is weighed for long sequences alone, and whose other values are tried where it is fixed."""
+
+SPLITS = ("data", "pipeline", "context", "tensor")
+"""Settings whose product must divide the ranks."""
 
 MOST_SHOWN = 3
 """Values that are shown in place of one that leaves no layout."""
@@ -29,6 +36,10 @@ class Pins:
     def allow(self, choice: Mapping[str, Any]) -> bool:
         """Return whether a choice of some settings agrees with what is fixed."""
         return all(self.values.get(name, value) == value for name, value in choice.items())
+
+    def with_(self, name: str, value: Any) -> Pins:
+        """Return them with one fixed to another value."""
+        return Pins({**self.values, name: value})
 
     def without(self, *names: str) -> Pins:
         """Return all but some of them."""
@@ -53,28 +64,59 @@ def filled_sequences(request: PlanRequest) -> int:
     return (request.parallel.data or 1) * (request.data.microbatch or 1)
 
 
-def blame_pins(pins: Pins, rule: str, layouts_left: LayoutsLeft) -> list[Violation]:
+def blame_pins(
+    pins: Pins, rule: str, layouts_left: LayoutsLeft, broken: Mapping[str, str] | None = None
+) -> list[Violation]:
     """Return which pins leave no layout, with values that would; nothing where there is none without them.
 
     Those are to blame without which there is a layout, each alone; else the fewest that leave one together, with the
-    values that they have there.
+    values that they have there. `broken`: which rules of layouts they break, by setting.
     """
     if not pins.values or next(layouts_left(FREE), None) is None:
         return []
-    cures = {name: {_value(config, name) for config in layouts_left(pins.without(name))} for name in pins.values}
+    why = broken or {}
+    cures = {name: _cures(pins, name, layouts_left) for name in pins.values}
     if any(cures.values()):
         return [
-            Violation(_key(name), pins.values[name], rule, _nearest(pins.values[name], values))
+            Violation(_key(name), pins.values[name], _join(rule, why, name), _nearest(pins.values[name], values))
             for name, values in cures.items()
             if values
         ]
     names, config = _together(pins, layouts_left)
     rule = f"{rule} together with {' and '.join(_key(name) for name in names)}" if len(names) > 1 else rule
     return [
-        Violation(_key(name), pins.values[name], rule, (_value(config, name),))
+        Violation(_key(name), pins.values[name], _join(rule, why, name), (_value(config, name),))
         for name in names
         if _value(config, name) != pins.values[name]
     ]
+
+
+def broken_rules(draft: RunConfig, ranks: int, pins: Pins) -> dict[str, str]:
+    """Return which rule of layouts each setting breaks where a run has what is fixed, and defaults for the rest."""
+    layout = {name: value for name, value in pins.values.items() if name not in ("microbatch", "data")}
+    parallel = draft.parallel.model_copy(update={"data": None, **layout})
+    data = draft.data.model_copy(update={"microbatch": pins.values.get("microbatch", 1)})
+    pinned = draft.model_copy(update={"parallel": parallel, "data": data})
+    broken = {slip.key: slip.words for rule in reversed(LAYOUT_RULES) for slip in rule(pinned, ranks)}
+    found = {name: broken[_key(name)] for name in pins.values if _key(name) in broken}
+    split = [name for name in SPLITS if name in pins.values]
+    if ranks % (product := math.prod(pins.values[name] for name in split)):
+        words = f"{ranks} devices must be a multiple of {product} = {' x '.join(_key(name) for name in split)}"
+        found = dict.fromkeys(split, words) | found
+    return found
+
+
+def _join(rule: str, broken: Mapping[str, str], name: str) -> str:
+    return f"{rule}: {broken[name]}" if name in broken else rule
+
+
+def _cures(pins: Pins, name: str, layouts_left: LayoutsLeft) -> set[Any]:
+    """Return the values of one pin that leave a layout."""
+    found = {_value(config, name) for config in layouts_left(pins.without(name))}
+    if name == FREE_ONLY_SOMETIMES:
+        near = {2 ** (pins.values[name].bit_length() - 1), 2 ** pins.values[name].bit_length()} - {pins.values[name]}
+        found |= {value for value in near if next(layouts_left(pins.with_(name, value)), None) is not None}
+    return found
 
 
 def _together(pins: Pins, layouts_left: LayoutsLeft) -> tuple[tuple[str, ...], RunConfig]:

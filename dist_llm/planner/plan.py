@@ -7,6 +7,7 @@ against the budget, and planned again until the two agree.
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 
 from dist_llm.config.request import PlanRequest
@@ -30,6 +31,7 @@ from dist_llm.planner.refusals import (
     refuse_hours,
     refuse_machines,
     refuse_memory,
+    refuse_repetition,
     refuse_shapes,
     refuse_steps,
     refuse_years,
@@ -44,7 +46,16 @@ CLOSE = 0.01
 IDLE = 0.15
 """What halving the data ranks is worth, in ln of the batch: it is made up for by tensor or pipeline ranks."""
 
-MOST_ROUNDS = 8
+MOST_ROUNDS = 12
+MOST_REFUSALS = 3
+"""Guesses without a plan after which the search for device-hours starts from the smallest plan there is."""
+
+MUCH = 4
+"""Budgets of which the largest plan takes less than one in so many are refused, not planned."""
+
+LEAST_ROUNDS = 12
+"""Budgets, each four times the last, that the smallest plan is looked for at."""
+
 USUAL_MFU = 0.35
 LEAST_GOODPUT = 0.5
 """Below it failures, not work, are what takes the time."""
@@ -96,11 +107,20 @@ def make_plan(request: PlanRequest, law: Law) -> Plan:
         plan = _plan_flops(request, law, request.budget.flops)
     else:
         plan = _plan_hours(request, law)
+    if request.data.tokens and plan.size.loss and plan.size.loss > (guess := math.log(plan.shape.model.vocab_size)):
+        raise refuse_repetition(request, plan.size, guess, lambda tokens: size_of(law, plan, tokens))
     if plan.spending.reliability.goodput < LEAST_GOODPUT:
         raise refuse_failures(request, plan.spending)
     if plan.spending.days > MOST_DAYS:
         raise refuse_years(request, plan.spending.days, plan.flops, lambda less: _draft_of(request, law, less))
     return plan
+
+
+def size_of(law: Law, plan: Plan, unique_tokens: float) -> Size:
+    """Return parameters and tokens for the budget of a plan where there is other text."""
+    if plan.request.preset is not None:
+        return size_of_model(law, plan.size.num_params, plan.flops, unique_tokens)
+    return choose_size(law, plan.flops, unique_tokens, plan.request.serving.tokens)
 
 
 def check_request(request: PlanRequest) -> list[Violation]:
@@ -124,13 +144,16 @@ def _plan_hours(request: PlanRequest, law: Law) -> Plan:
     flops, aim = hours * 3600 * peak_flops_per_second(request) * 0.4, hours * (1 - CLOSE / 2)
     low, high, slope, before = 0.0, math.inf, 1.0, None
     best: Plan | None = None
-    refused: ConfigError | None = None
+    refusals: list[ConfigError] = []
     for _ in range(MOST_ROUNDS):
         try:
             plan = _plan_flops(request, law, flops)
         except ConfigError as error:
             # A guess may be more than there is a plan for, and the budget itself be less.
-            refused, high = refused or error, flops
+            refusals, high = [*refusals, error], flops
+            if len(refusals) == MOST_REFUSALS and best is None:
+                best = _least_plan(request, law, hours)
+                low = best.flops if best else low
             flops = math.sqrt(low * high) if low else flops / 2
             continue
         apart = aim / plan.spending.device_hours
@@ -146,9 +169,25 @@ def _plan_hours(request: PlanRequest, law: Law) -> Plan:
         before = (flops, apart)
         guess = flops * apart ** (1 / slope)
         flops = guess if low < guess < high else math.sqrt(low * high)
-    if best is None and refused is not None:
-        raise refused
+    if refusals and (best is None or MUCH * best.spending.device_hours < hours):
+        raise refusals[0]
     return best or plan
+
+
+def _least_plan(request: PlanRequest, law: Law, hours: float) -> Plan | None:
+    """Return the smallest plan there is, None if none is found. Raises ConfigError if it takes more hours."""
+    flops = least_flops(law)
+    for times in range(LEAST_ROUNDS):
+        with suppress(ConfigError):
+            plan = _plan_flops(request, law, flops * 4.0**times)
+            break
+    else:
+        return None
+    if (needed := plan.spending.device_hours) <= hours:
+        return plan
+    name, budget = next((name, value) for name, value in request.budget.model_dump().items() if value is not None)
+    rule = f"is too little to train anything: the smallest plan here takes {needed:.2g} device-hours"
+    raise ConfigError([Violation(f"budget.{name}", budget, rule, (float(f"{1.1 * budget * needed / hours:.2g}"),))])
 
 
 def _plan_flops(request: PlanRequest, law: Law, flops: float) -> Plan:

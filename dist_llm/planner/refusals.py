@@ -14,10 +14,11 @@ from dist_llm.config.rules import divisors
 from dist_llm.config.run import RunConfig
 from dist_llm.errors import ConfigError, Violation
 from dist_llm.planner.cost.step import node_devices
-from dist_llm.planner.pins import Pins, blame_pins, filled_sequences, pins_of
+from dist_llm.planner.pins import Pins, blame_pins, broken_rules, filled_sequences, pins_of
 from dist_llm.planner.proposals import propose_layouts
 from dist_llm.planner.ranking import FULL, Ranking, fitting_layouts, holds
 from dist_llm.planner.shapes import MOST_LAYERS, Shape
+from dist_llm.planner.sizing import Size
 from dist_llm.planner.spending import Spending
 
 MOST_NODES = 2**14
@@ -96,6 +97,15 @@ def refuse_failures(request: PlanRequest, spending: Spending) -> ConfigError:
     return ConfigError([Violation("cluster.mtbf_device_hours", cluster.mtbf_device_hours, rule, (enough,))])
 
 
+def refuse_repetition(request: PlanRequest, size: Size, guess: float, size_of: Callable[[float], Size]) -> ConfigError:
+    """Return the error of text repeated so often that the law foretells less than a guess, with text enough."""
+    unique = float(request.data.tokens or 0)
+    rule = f"would be seen {size.epochs:.3g} times, at a loss of {size.loss:.4g}: a guess has {guess:.3g} nats a token"
+    more = (unique * 2.0**times for times in range(1, 100))
+    enough = next((tokens for tokens in more if (size_of(tokens).loss or 0.0) < guess), None)
+    return ConfigError([Violation("data.tokens", unique, rule, () if enough is None else (float(f"{enough:.2g}"),))])
+
+
 def refuse_batch(request: PlanRequest, draft: RunConfig, devices: int) -> ConfigError:
     """Return the error of a run that has no layout: rules that it breaks on any, or a batch for fewer devices."""
     elsewhere = {slip.words for rule in RULES if rule.name in OF_THIS_MACHINE for slip in rule(draft, None)}
@@ -104,8 +114,9 @@ def refuse_batch(request: PlanRequest, draft: RunConfig, devices: int) -> Config
     nodes, sequences, pins = request.cluster.nodes or 1, draft.data.global_batch, pins_of(request)
     rule = f"leaves no layout of {sequences} sequences of {draft.data.seq_len} tokens on {devices} devices"
     each = devices // nodes
-    blamed = blame_pins(pins, rule, lambda left: fitting_layouts(draft, devices, left))
-    blamed = blamed or blame_pins(pins, rule, lambda left: _proposed(draft, devices, left))
+    rules = broken_rules(draft, devices, pins)
+    blamed = blame_pins(pins, rule, lambda left: fitting_layouts(draft, devices, left), rules)
+    blamed = blamed or blame_pins(pins, rule, lambda left: _proposed(draft, devices, left), rules)
     if blamed:
         return ConfigError(blamed)
     rule = f"has {devices} devices, and a batch of {sequences} sequences can be dealt to so many in no layout"

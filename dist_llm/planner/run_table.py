@@ -51,6 +51,8 @@ class FolderRun:
     finished: bool
     converged: bool
     """Whether most of its last steps have a loss: a run that diverged is no point of a law."""
+    text: str
+    """Setting data.path: losses on other text are of another law."""
 
     @property
     def fault(self) -> str | None:
@@ -87,6 +89,7 @@ def read_folder(folder: Path) -> FolderRun:
         *_last_evaluation(folder, lines[-1].step),
         lines[-1].step >= config.run.steps,
         2 * len(final) >= len(last),
+        str(config.data.path),
     )
 
 

@@ -59,7 +59,12 @@ def test_all_layouts_have_it(plan: Plan) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["parallel.tensor=3"], r"parallel\.tensor=3 leaves no layout of .*; use 4, 2 or "),
+        (["parallel.tensor=3"], r"parallel\.tensor=3 leaves no layout of .*: must divide model\..*; use 4, 2 or "),
+        (
+            ["parallel.context=3"],
+            r"parallel\.context=3 leaves .*: 16 devices must be a multiple of 3 .*; use 4, 2 or 1",
+        ),
+        (["parallel.replicate=2"], r"parallel\.replicate=2 is a setting of a run, not of this command"),
         (["parallel.data=5", "parallel.tensor=2"], r"1 setting.*parallel\.data=5 leaves .*; use 4, 8 or "),
         (["parallel.virtual_pipeline=2", "parallel.pipeline=1"], r"parallel\.pipeline=1 .*; use 2, 4 or "),
         (["parallel.tensor=16", "model.num_heads=12"], r"parallel\.tensor=16 .*\n *model\.num_heads=12 "),

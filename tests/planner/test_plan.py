@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,6 +66,20 @@ def test_a_budget_of_hours_or_money_is_met(plan: Plan, budget: tuple[str, float]
 def test_hours_have_a_plan_though_a_guess_on_the_way_has_none(plan: Plan) -> None:
     found = plan("budget.gpu_hours=96090", "cluster=l40s")
     assert 0.95 * 96090 < found["gpu_hours"] <= 96090
+
+
+def test_too_few_hours_are_told_what_the_smallest_plan_takes(plan: Plan, refused: Callable[..., str]) -> None:
+    said = refused("budget.gpu_hours=1e-9", *CLUSTER)
+    enough = re.search(r"smallest plan here takes .* device-hours; use (\S+)", said)
+    assert enough
+    found = plan(f"budget.gpu_hours={enough[1]}", *CLUSTER)
+    assert 0.3 * float(enough[1]) < found["gpu_hours"] <= float(enough[1])
+
+
+def test_text_that_would_do_is_named(plan: Plan, refused: Callable[..., str]) -> None:
+    enough = re.search(r"a guess has .*; use (\S+)", refused("budget.flops=1e20", *CLUSTER, "data.tokens=2"))
+    assert enough
+    assert plan("budget.flops=1e20", *CLUSTER, f"data.tokens={enough[1]}")["loss"] < 12
 
 
 def test_a_run_of_nearly_a_billion_has_a_name(plan: Plan) -> None:
@@ -133,6 +148,7 @@ def test_experts_count_by_what_a_token_meets(plan: Plan) -> None:
         (["budget.flops=1e20", "budget.usd=5"], "budget.usd=5.0 is one of budget.flops and budget.usd: give one"),
         (["budget.flops=-1"], "budget.flops=-1 must be greater than 0"),
         (["budget.flops=1e20", "data.tokens=-5"], "data.tokens=-5 must be at least 1"),
+        (["budget.flops=1e20", *CLUSTER, "data.tokens=2"], "data.tokens=2.0 would be seen"),
         (["budget.flops=1e20", "cluster=h200-sx"], "cluster=h200-sx is not one of the"),
         (["budget.flops=1e20", "law=chinchila"], "is neither a published law nor a law file"),
         (["budget.flops=10"], "is too little to train anything"),

@@ -37,6 +37,15 @@ def test_the_batch_fills_the_pipeline_and_shards_are_exact(capsys: pytest.Captur
         assert stage["traffic"]["tp"]["all_gather"]["count"] > 0
 
 
+def test_what_the_fullest_device_holds_in_all_is_set_against_its_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("cluster=h100-sxm", "parallel.data=1")
+    said = _dry_run(capsys, *words)
+    assert said["fits"]
+    peak = said["pipeline_ranks"][0]["peak_bytes"]
+    assert said["device_bytes"] == pytest.approx((peak + 104 * 2**20) * 1.08 + 3 * 2**30, rel=0.01)
+    assert not _dry_run(capsys, *words, "cluster.memory_gib=1")["fits"]
+
+
 @pytest.mark.parametrize("prefix", ["", "+", "++"])
 def test_a_batch_that_is_said_is_taken(capsys: pytest.CaptureFixture[str], prefix: str) -> None:
     assert _dry_run(capsys, "parallel.data=2", f"{prefix}data.global_batch=12")["microbatches"] == 6

@@ -121,6 +121,12 @@ def test_evaluations_count_where_every_run_has_one(tmp_path: Path, folders: list
     assert "evaluations are of 4,096 to 9,000 tokens, so not of one text" in _call(FIT, *evaluated).text
 
 
+def test_runs_on_different_text_are_spoken_of(tmp_path: Path, folders: list[Path]) -> None:
+    other = _write_run(tmp_path / "other", "other", 64, 60, more=("data.path=other.jsonl",))
+    assert "runs read different text" in _call(FIT, *folders, other).text
+    assert "different text" not in _call(FIT, *folders).text
+
+
 def test_unfinished_runs_are_left_out(folders: list[Path], tmp_path: Path) -> None:
     stopped = _write_run(tmp_path, "stopped", 64, 500, done=100)
     answer = _call(FIT, *folders, stopped)
