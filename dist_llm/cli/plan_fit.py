@@ -70,7 +70,8 @@ def fit(arguments: argparse.Namespace) -> Answer:
     found, notes = _read(arguments)
     runs, held_out = _choose(found, arguments)
     if len(runs) < FEWEST_RUNS:
-        rule = f"are too few to fit five constants to: at least {FEWEST_RUNS} finished runs"
+        left_out = "".join(f"; {note}" for note in notes if "left out" in note)
+        rule = f"are too few to fit five constants to: at least {FEWEST_RUNS} finished runs{left_out}"
         raise ConfigError([Violation("RUN", f"{len(runs)} runs", rule)])
     for name, what in (("num_params", "parameters"), ("tokens", "tokens")):
         if len({getattr(run, name) for run in runs}) == 1:

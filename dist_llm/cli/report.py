@@ -10,7 +10,8 @@ from dist_llm.errors import ConfigError, Violation
 
 _EPILOG = """\
 Works while a run trains as well as after. The page is RUN/report.html and needs no other file: figures, loss curve,
-sample, events, config. Foretold are step time, memory of rank 0 and loss: prediction.json, written as the run began."""
+sample, events, config. Foretold are step time and memory of rank 0, and the loss where the law says less than a guess
+has (not of tiny models): prediction.json, written as the run began."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

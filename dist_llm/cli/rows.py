@@ -3,8 +3,8 @@
     presets of the row's groups (composed once for each set of choices) < what a row leaves out < dotted keys, as typed
 
 What a row leaves out, where it gives sizes of a model without a preset: the options of `model.family` (gpt2 unless
-given), and of the sizes feed-forward 4 h (llama: 8/3 h, up to a multiple of 256), heads of 128 (64 where that does not
-divide), 51,200 tokens, positions for data.seq_len. On a CUDA cluster precision is bf16; chunks of a pipeline
+given), and of the sizes feed-forward 4 h (llama: 8/3 h, up to a multiple of 256), heads of 128 (or 64, or what else
+divides), 51,200 tokens, positions for data.seq_len. On a CUDA cluster precision is bf16; chunks of a pipeline
 rank are interleaved. Ranks: the product of parallel's axes, data from the launcher or the cluster's nodes if left out.
 Where cluster.practice is megatron, software of 2021 to 2023: `dist-llm plan predict --help` has the rules.
 """
@@ -22,6 +22,7 @@ from typing import Any
 from dist_llm.config.checks import OF_THIS_MACHINE, RULES, violations_of
 from dist_llm.config.decode import decode_partly
 from dist_llm.config.engine_rules import ENGINE_RULES
+from dist_llm.config.families import usual_ffn_width, usual_head_width
 from dist_llm.config.run import RunConfig
 from dist_llm.config.wording import shown
 from dist_llm.errors import ConfigError, Violation
@@ -167,8 +168,8 @@ def _sized_model(tree: Tree, settings: Mapping[str, object]) -> Tree:
         model |= {"dropout": 0.0, "attention_dropout": 0.0}
     hidden = given.get("hidden_size", model["hidden_size"])
     if isinstance(hidden, int) and hidden > 0:
-        model["ffn_hidden_size"] = 4 * hidden if family == "gpt2" else -(-8 * hidden // 3 // 256) * 256
-        model["num_heads"] = next((hidden // width for width in (128, 64) if hidden % width == 0), 1)
+        model["ffn_hidden_size"] = usual_ffn_width(family, hidden)
+        model["num_heads"] = hidden // usual_head_width(hidden, 128)
     length = settings.get("data.seq_len", tree["data"]["seq_len"])
     model["max_seq_len"] = length if isinstance(length, int) else model["max_seq_len"]
     holder: Tree = {"model": model}

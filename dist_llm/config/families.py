@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,3 +34,12 @@ def usual_ffn_width(family: str, hidden_size: int) -> int:
         return 4 * hidden_size
     multiple = FFN_ALIGNMENT if hidden_size >= FFN_ALIGNMENT else 8
     return -(-8 * hidden_size // (3 * multiple)) * multiple
+
+
+def usual_head_width(hidden_size: int, wanted: int) -> int:
+    """Return the width of a head: `wanted`, or 64, 32 or 16, else the even divisor nearest to it, else all."""
+    usual = next((width for width in (wanted, 64, 32, 16) if hidden_size % width == 0), None)
+    if usual is not None:
+        return usual
+    even = [width for width in range(2, 8 * wanted, 2) if hidden_size % width == 0] or [hidden_size]
+    return min(even, key=lambda width: abs(math.log(width / wanted)))

@@ -29,6 +29,9 @@ from dist_llm.planner.shapes import usual_aspect
 AROUND_BEST = (1.0, 1 / 2, 2.0, 1 / 1.4, 1.4)
 """Sizes of a ladder's runs over the best of their budget, in turn."""
 ISOFLOP_REACH = 3.0
+FEWEST_DISTINCT = 3
+"""Sizes without which nothing is said of how loss falls with size."""
+
 FEWEST_SIZES = 5
 """Sizes at each budget of an IsoFLOP sweep."""
 MOST_LEARNING_RATE = 4e-3
@@ -99,17 +102,24 @@ def plan_ladder(
         shape = _nearest(free, size)
         taken.add((flops, shape[1]))
         runs.append(_plan_run(base, shape, flops, f"{name}-{kind}-{index:02d}"))
-    if num_runs > 1 and len({run.num_params for run in runs}) == 1:
-        raise _one_size(law, budgets, runs[0].num_params)
+    sizes = sorted({run.num_params for run in runs})
+    if len(sizes) < min(FEWEST_DISTINCT, 1 + num_runs // 2):
+        raise _few_sizes(law, budgets, sizes)
     return runs
 
 
-def _one_size(law: Law, budgets: tuple[float, float], num_params: int) -> ConfigError:
-    """Return the error of budgets for which all runs are of the smallest shape, with larger ones."""
-    rule = f"makes all runs of {num_params:,} parameters, as no shape is smaller, and shows nothing of how loss falls"
-    times = max(2.0, (2 * num_params / law.optimal(budgets[0]).num_params) ** 2)
-    larger = ":".join(f"{budget * times:.1e}" for budget in budgets)
-    return ConfigError([Violation("--flops", f"{budgets[0]:g}:{budgets[1]:g}", rule, (larger,))])
+def _few_sizes(law: Law, budgets: tuple[float, float], sizes: list[int]) -> ConfigError:
+    """Return the error of budgets for which most runs are of the smallest shape, or the largest, with ones that do."""
+    wanted = law.optimal(budgets[0]).num_params
+    beyond = "larger" if wanted > sizes[-1] else "smaller"
+    which = " and ".join(f"{size:,}" for size in sizes)
+    rule = f"makes all runs of {which} parameters, as no shape is {beyond}, and shows too little of how loss falls"
+    if beyond == "larger":
+        times = (sizes[-1] / 4 / law.optimal(budgets[1]).num_params) ** 2
+    else:
+        times = max(2.0, (2 * sizes[0] / wanted) ** 2)
+    other = ":".join(f"{budget * times:.1e}" for budget in budgets)
+    return ConfigError([Violation("--flops", f"{budgets[0]:g}:{budgets[1]:g}", rule, (other,))])
 
 
 def _too_few_shapes(base: LadderBase) -> ConfigError:

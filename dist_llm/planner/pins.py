@@ -19,6 +19,9 @@ FREE_ONLY_SOMETIMES = "context"
 SPLITS = ("data", "pipeline", "context", "tensor")
 """Settings whose product must divide the ranks."""
 
+FILLING = ("data", "microbatch")
+"""Settings that a free batch is a multiple of: another value makes another batch."""
+
 MOST_SHOWN = 3
 """Values that are shown in place of one that leaves no layout."""
 
@@ -57,6 +60,19 @@ def pins_of(request: PlanRequest) -> Pins:
     """Return what a request fixes of the layout."""
     values = {**request.parallel.model_dump(), "microbatch": request.data.microbatch}
     return Pins({name: value for name, value in values.items() if value is not None})
+
+
+def with_pins(request: PlanRequest, pins: Pins) -> PlanRequest:
+    """Return a request that fixes just these."""
+    layout = {name: pins.values.get(name) for name in type(request.parallel).model_fields}
+    data = {"microbatch": pins.values.get("microbatch")}
+    sections = {"parallel": request.parallel.model_copy(update=layout), "data": request.data.model_copy(update=data)}
+    return request.model_copy(update=sections)
+
+
+def free_pins(pins: Pins) -> list[Violation]:
+    """Return that what is fixed may be left free."""
+    return [Violation(_key(name), value, "or leave it free", (None,)) for name, value in pins.values.items()]
 
 
 def filled_sequences(request: PlanRequest) -> int:
@@ -112,7 +128,9 @@ def _join(rule: str, broken: Mapping[str, str], name: str) -> str:
 
 def _cures(pins: Pins, name: str, layouts_left: LayoutsLeft) -> set[Any]:
     """Return the values of one pin that leave a layout."""
-    found = {_value(config, name) for config in layouts_left(pins.without(name))}
+    found = {_value(config, name) for config in layouts_left(pins.without(name))} - {pins.values[name]}
+    if name in FILLING:
+        found = {value for value in found if next(layouts_left(pins.with_(name, value)), None) is not None}
     if name == FREE_ONLY_SOMETIMES:
         near = {2 ** (pins.values[name].bit_length() - 1), 2 ** pins.values[name].bit_length()} - {pins.values[name]}
         found |= {value for value in near if next(layouts_left(pins.with_(name, value)), None) is not None}

@@ -7,8 +7,10 @@ against the budget, and planned again until the two agree.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from dist_llm.config.request import PlanRequest
 from dist_llm.config.run import RunConfig
@@ -112,7 +114,7 @@ def make_plan(request: PlanRequest, law: Law) -> Plan:
     if plan.spending.reliability.goodput < LEAST_GOODPUT:
         raise refuse_failures(request, plan.spending)
     if plan.spending.days > MOST_DAYS:
-        raise refuse_years(request, plan.spending.days, plan.flops, lambda less: _draft_of(request, law, less))
+        raise refuse_years(request, plan.spending.days, plan.flops, partial(_draft_of, law))
     return plan
 
 
@@ -150,6 +152,8 @@ def _plan_hours(request: PlanRequest, law: Law) -> Plan:
             plan = _plan_flops(request, law, flops)
         except ConfigError as error:
             # A guess may be more than there is a plan for, and the budget itself be less.
+            if request.parallel.model_fields_set and _same_layout(refusals, error):
+                raise
             refusals, high = [*refusals, error], flops
             if len(refusals) == MOST_REFUSALS and best is None:
                 best = _least_plan(request, law, hours)
@@ -174,6 +178,13 @@ def _plan_hours(request: PlanRequest, law: Law) -> Plan:
     return best or plan
 
 
+def _same_layout(refusals: Sequence[ConfigError], error: ConfigError) -> bool:
+    """Return whether what is fixed of the layout is refused again, and alone: no other budget helps."""
+    again = {violation.key for violation in error.violations}
+    parts = {key.partition(".")[0] for key in again}
+    return bool(refusals) and parts <= {"parallel"} and again == {each.key for each in refusals[-1].violations}
+
+
 def _least_plan(request: PlanRequest, law: Law, hours: float) -> Plan | None:
     """Return the smallest plan there is, None if none is found. Raises ConfigError if it takes more hours."""
     flops = least_flops(law)
@@ -195,21 +206,25 @@ def _plan_flops(request: PlanRequest, law: Law, flops: float) -> Plan:
     nodes, devices = _machines(request)
     days = flops / (USUAL_MFU * devices * peak_flops_per_second(request)) / 86400
     if days > 2 * MOST_DAYS:
-        raise refuse_years(request, days, flops, lambda less: _draft_of(request, law, less))
+        raise refuse_years(request, days, flops, partial(_draft_of, law))
     size, shapes = _model(request, law, flops)
     shape = shapes[0]
     batch, draft = _draft(request, size, shape)
+
+    def redraft(other: PlanRequest) -> RunConfig:
+        return _draft(other, size, shape)[1]
+
     pins, first = pins_of(request), draft
     ranking = rank_layouts(draft, devices, pins)
     while not ranking.proposed and not request.data.global_batch and _sequences(draft) < 4 * batch.batch_sequences:
         draft = _resized(draft, size, 2 * _sequences(draft))
         ranking = rank_layouts(draft, devices, pins)
     if not ranking.proposed:
-        raise refuse_batch(request, first if pins.values else draft, devices)
+        raise refuse_batch(request, first if pins.values else draft, devices, redraft)
     if size.tokens < FEWEST_STEPS * _sequences(draft) * draft.data.seq_len:
         raise refuse_steps(request, draft, size.tokens)
     if not ranking.fitting:
-        raise refuse_memory(request, shape, ranking, flops, lambda less: _draft_of(request, law, less))
+        raise refuse_memory(request, ranking, flops, partial(_draft_of, law), redraft)
     best, steps = ranking.fitting[0], draft.run.steps
     spending = spend(request.cluster, devices, nodes, shape.num_params, steps * best.step.seconds)
     config = _with_checkpoints(best, spending)
@@ -230,7 +245,7 @@ def _draft(request: PlanRequest, size: Size, shape: Shape) -> tuple[Recommendati
     return batch, draft_config(request, shape.model, batch, sizes, _hosts(request))
 
 
-def _draft_of(request: PlanRequest, law: Law, flops: float) -> RunConfig:
+def _draft_of(law: Law, request: PlanRequest, flops: float) -> RunConfig:
     size, shapes = _model(request, law, flops)
     return _draft(request, size, shapes[0])[1]
 
@@ -276,10 +291,13 @@ def _model(request: PlanRequest, law: Law, flops: float) -> tuple[Size, tuple[Sh
             return 1 + 0.02 * math.log(num_params / size.num_params) ** 2
         return (with_params(judge, size, num_params, unique).loss or size.loss) / size.loss
 
-    target, tensor = size.num_params, request.parallel.tensor or 1
-    shapes = tuple(search_shapes(request.model, seq_len, target, law.counts_embeddings, loss_ratio, tensor))
+    def shapes_of(asked: PlanRequest) -> tuple[Shape, ...]:
+        target, tensor = size.num_params, asked.parallel.tensor or 1
+        return tuple(search_shapes(asked.model, seq_len, target, law.counts_embeddings, loss_ratio, tensor))
+
+    shapes = shapes_of(request)
     if not shapes:
-        raise refuse_shapes(request, size.num_params)
+        raise refuse_shapes(request, size.num_params, lambda asked: bool(shapes_of(asked)))
     exact = with_params(law, size, law_parameters(shapes[0], law.counts_embeddings), unique)
     return exact, shapes
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from dist_llm.config.checks import OF_THIS_MACHINE, RULES
 from dist_llm.config.model import ModelConfig
-from dist_llm.config.parallel import V_SCHEDULES
 from dist_llm.config.rules import divisors
 from dist_llm.config.run import RunConfig
 from dist_llm.planner.layouts import pipeline_schedules
@@ -109,19 +108,20 @@ def _inner(config: RunConfig, split: Choice, microbatch: int, pins: Pins) -> Ite
 
 def _pinned_schedules(config: RunConfig, split: Choice, microbatch: int, pins: Pins) -> Iterator[Choice]:
     """Yield the schedules that pins leave, where they name none the usual ones; without a pipeline none has effect."""
-    chunks = pins.values.get("virtual_pipeline")
-    if not {"schedule", "virtual_pipeline"} & pins.values.keys():
+    schedule, chunks = pins.values.get("schedule"), pins.values.get("virtual_pipeline")
+    if schedule is None and chunks is None:
         yield from _schedules(config, split, microbatch)
-        return
-    if split["pipeline"] == 1:
-        if pins.values.get("pipeline") == 1 and chunks in (None, 1):
-            yield {"schedule": pins.values.get("schedule", "1f1b"), "virtual_pipeline": 1}
-        return
-    for each in pipeline_schedules(config.model.num_layers, split["pipeline"]):
-        in_a_v = each["schedule"] in V_SCHEDULES and chunks == 1
-        few = chunks is not None or int(str(each["virtual_pipeline"])) <= MOST_CHUNKS
-        if few and (pins.allow(each) or (in_a_v and pins.without("virtual_pipeline").allow(each))):
-            yield each
+    elif split["pipeline"] == 1:
+        if chunks in (None, 1) and (schedule in (None, "1f1b") or pins.values.get("pipeline") == 1):
+            yield {"schedule": schedule or "1f1b", "virtual_pipeline": 1}
+    elif schedule is None:
+        yield {"schedule": "1f1b" if chunks == 1 else "interleaved", "virtual_pipeline": chunks}
+    elif chunks is not None:
+        yield {"schedule": schedule, "virtual_pipeline": chunks}
+    else:
+        for each in pipeline_schedules(config.model.num_layers, split["pipeline"]):
+            if each["schedule"] == schedule and int(str(each["virtual_pipeline"])) <= MOST_CHUNKS:
+                yield each
 
 
 def _schedules(config: RunConfig, split: Choice, microbatch: int) -> Iterator[Choice]:

@@ -5,19 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from itertools import islice
+from functools import cache
+from itertools import islice, takewhile
 
+from dist_llm.accounting.params import num_parameters
 from dist_llm.config.checks import OF_THIS_MACHINE, RULES, check
 from dist_llm.config.operations import LauncherConfig
-from dist_llm.config.request import PlanRequest
+from dist_llm.config.request import LayoutRequest, PlanRequest
 from dist_llm.config.rules import divisors
 from dist_llm.config.run import RunConfig
 from dist_llm.errors import ConfigError, Violation
 from dist_llm.planner.cost.step import node_devices
-from dist_llm.planner.pins import Pins, blame_pins, broken_rules, filled_sequences, pins_of
+from dist_llm.planner.pins import (
+    FILLING,
+    Pins,
+    blame_pins,
+    broken_rules,
+    filled_sequences,
+    free_pins,
+    pins_of,
+    with_pins,
+)
 from dist_llm.planner.proposals import propose_layouts
 from dist_llm.planner.ranking import FULL, Ranking, fitting_layouts, holds
-from dist_llm.planner.shapes import MOST_LAYERS, Shape
+from dist_llm.planner.shapes import MOST_LAYERS
 from dist_llm.planner.sizing import Size
 from dist_llm.planner.spending import Spending
 
@@ -29,11 +40,18 @@ FEWEST_STEPS = 10
 LARGEST_PARAMS = 1e12
 """Parameters for which there are shapes, whatever the vocabulary."""
 
+USUAL_LENGTH = 4096
+"""Tokens of a sequence above which shorter ones are proposed."""
+
 MOST_DAYS = 3653.0
 """A plan that takes longer than ten years is none."""
 
-DraftOf = Callable[[float], RunConfig]
-"""The run, not yet split, of so many training FLOPs."""
+DraftOf = Callable[[PlanRequest, float], RunConfig]
+"""The run, not yet split, that a request has for so many training FLOPs."""
+
+
+Redraft = Callable[[PlanRequest], RunConfig]
+"""The run, not yet split, of the same model and tokens that another request has."""
 
 
 def refuse_budget(given: Mapping[str, float]) -> Iterator[Violation]:
@@ -66,13 +84,14 @@ def refuse_years(request: PlanRequest, days: float, flops: float, draft_of: Draf
     """Return the error of a plan that takes too long on the nodes there are, with nodes and a budget that do not."""
     nodes, times = request.cluster.nodes or 1, days / MOST_DAYS
     rule = f"would take about {days:,.0f} days, and {MOST_DAYS / 365.25:.0f} years are the most that is planned"
-    enough = (n for n in _doubled(nodes) if n >= 1.2 * nodes * times)
+    enough = (n for n in _doubled(nodes) if n >= 2 * nodes * times)
     try:
-        more = _holding(draft_of(flops), enough, pins_of(request))
+        more = _holding(request, enough, lambda asked: draft_of(asked, flops))
     except ConfigError:
         more = ()  # so large a budget has no model
-    violations = [Violation("cluster.nodes", nodes, rule, more)]
-    return ConfigError([*violations, *_smaller(request, flops, 0.7 / times, draft_of)])
+    violations = [Violation("cluster.nodes", nodes, rule, more), *_smaller(request, flops, 0.7 / times, draft_of)]
+    stuck = not any(violation.legal for violation in violations)
+    return ConfigError([*violations, *(free_pins(pins_of(request)) if stuck else [])])
 
 
 def refuse_hours(request: PlanRequest, days: float) -> ConfigError:
@@ -106,7 +125,7 @@ def refuse_repetition(request: PlanRequest, size: Size, guess: float, size_of: C
     return ConfigError([Violation("data.tokens", unique, rule, () if enough is None else (float(f"{enough:.2g}"),))])
 
 
-def refuse_batch(request: PlanRequest, draft: RunConfig, devices: int) -> ConfigError:
+def refuse_batch(request: PlanRequest, draft: RunConfig, devices: int, redraft: Redraft) -> ConfigError:
     """Return the error of a run that has no layout: rules that it breaks on any, or a batch for fewer devices."""
     elsewhere = {slip.words for rule in RULES if rule.name in OF_THIS_MACHINE for slip in rule(draft, None)}
     if broken := [violation for violation in check(draft, None) if violation.rule not in elsewhere]:
@@ -115,22 +134,44 @@ def refuse_batch(request: PlanRequest, draft: RunConfig, devices: int) -> Config
     rule = f"leaves no layout of {sequences} sequences of {draft.data.seq_len} tokens on {devices} devices"
     each = devices // nodes
     rules = broken_rules(draft, devices, pins)
-    blamed = blame_pins(pins, rule, lambda left: fitting_layouts(draft, devices, left), rules)
-    blamed = blamed or blame_pins(pins, rule, lambda left: _proposed(draft, devices, left), rules)
+    drafts = cache(lambda filled: redraft(with_pins(request, Pins(dict(filled)))))
+
+    def draft_with(left: Pins) -> RunConfig:
+        """Return the run whose batch fills what is fixed still."""
+        return drafts(tuple((name, value) for name, value in left.values.items() if name in FILLING))
+
+    blamed = blame_pins(pins, rule, lambda left: fitting_layouts(draft_with(left), devices, left), rules)
+    rule += ", and none that fits with another value"
+    blamed = blamed or blame_pins(pins, rule, lambda left: _proposed(draft_with(left), devices, left), rules)
     if blamed:
         return ConfigError(blamed)
     rule = f"has {devices} devices, and a batch of {sequences} sequences can be dealt to so many in no layout"
     halves = (nodes >> times for times in range(1, nodes.bit_length()))
-    fewer = tuple(islice((n for n in halves if any(propose_layouts(draft, n * each, each, pins))), 1))
-    larger, all_sequences = -(-sequences // devices) * devices, draft.run.steps * sequences
-    more = draft.model_copy(update={"data": draft.data.model_copy(update={"global_batch": larger})})
+    fewer = tuple(islice((n for n in halves if holds(draft, n * each, pins)), 1))
+    larger, all_sequences = _dealt(draft, devices, pins), draft.run.steps * sequences
     violations = [Violation("cluster.nodes", nodes, rule, fewer)]
-    if FEWEST_STEPS * larger > all_sequences:
-        violations.append(_more_tokens(request, FEWEST_STEPS * larger / all_sequences, "or spend more"))
+    if larger is None:
+        violations += free_pins(pins)
+    elif FEWEST_STEPS * larger > all_sequences:
+        violations.append(
+            _more_tokens(
+                request, FEWEST_STEPS * larger / all_sequences, f"or spend more, with data.global_batch={larger}"
+            )
+        )
     else:
-        dealt = (larger,) if any(_proposed(more, devices, pins)) else ()
-        violations.append(Violation("data.global_batch", sequences, "or take a batch that they divide", dealt))
+        violations.append(Violation("data.global_batch", sequences, "or take a batch that they divide", (larger,)))
     return ConfigError(violations)
+
+
+def _dealt(draft: RunConfig, devices: int, pins: Pins) -> int | None:
+    """Return the smallest batch above a run's that can be dealt to so many devices, None where there is none."""
+    unit, sequences = int(pins.values.get("microbatch", 1)), draft.data.global_batch
+    for batch in (unit * ranks for ranks in divisors(devices)):
+        larger = -(-sequences // batch) * batch
+        more = draft.model_copy(update={"data": draft.data.model_copy(update={"global_batch": larger})})
+        if any(_proposed(more, devices, pins)):
+            return larger
+    return None
 
 
 def _as_requested(violation: Violation) -> Violation:
@@ -147,6 +188,9 @@ def refuse_steps(request: PlanRequest, draft: RunConfig, tokens: float) -> Confi
     """Return the error of a batch that is nearly all there is to train on."""
     data = draft.data
     rule = f"makes steps of {data.global_batch * data.seq_len:,} tokens, and the budget trains on {tokens:,.0f}"
+    if request.data.seq_len is not None and FEWEST_STEPS * data.seq_len > tokens:
+        shorter = 2 ** max(0, int(math.log2(max(1.0, tokens / 1000))))
+        return ConfigError([Violation("data.seq_len", data.seq_len, rule, (shorter,))])
     if request.data.global_batch is not None:
         filled = filled_sequences(request)
         fewer = (filled * 2 ** max(0, int(math.log2(max(1.0, tokens / data.seq_len / 1000 / filled)))),)
@@ -161,24 +205,38 @@ def _more_tokens(request: PlanRequest, times: float, rule: str) -> Violation:
     return Violation(f"budget.{name}", budget, rule, (float(f"{more:.2g}"),))
 
 
-def refuse_shapes(request: PlanRequest, num_params: float) -> ConfigError:
-    """Return the error of a request that fixes so much of the model, or asks for so large a one, that none is left."""
+def refuse_shapes(request: PlanRequest, num_params: float, has_shapes: Callable[[PlanRequest], bool]) -> ConfigError:
+    """Return the error of a request that fixes so much of the model, or asks for so large a one, that none is left.
+
+    has_shapes: whether another request leaves one.
+    """
     wish = request.model
     rule = (
         f"leaves no shape of about {num_params:.3g} parameters: of at most {MOST_LAYERS} layers, "
-        "key heads that divide the others, and heads of even width"
+        "key heads that divide the others, heads of even width"
     )
     names = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "ffn_hidden_size", "vocab_size")
     fixed = {name: getattr(wish, name) for name in names if getattr(wish, name) is not None}
-    violations = [Violation(f"model.{name}", value, rule, (None,)) for name, value in fixed.items()]
+    freed = {name: request.model.model_copy(update={name: None}) for name in fixed}
+    cures = {name for name, model in freed.items() if has_shapes(request.model_copy(update={"model": model}))}
+    violations = [
+        Violation(f"model.{name}", value, rule, (None,)) for name, value in fixed.items() if name in cures or not cures
+    ]
     tensor = request.parallel.tensor or 1
     if tensor > 1:
-        violations.insert(0, Violation("parallel.tensor", tensor, f"{rule}, split over so many", (None,)))
+        ranks = (n for n in divisors(node_devices(request.cluster))[::-1] if n != tensor)
+        others = tuple(n for n in ranks if has_shapes(request.model_copy(update={"parallel": _tensor(request, n)})))
+        violations.insert(0, Violation("parallel.tensor", tensor, f"{rule}, split over so many", others[:3]))
     if violations:
         return ConfigError(violations)
     name, budget = _budget(request)
     near = float(f"{budget * min(0.5, (LARGEST_PARAMS / num_params) ** 2):.2g}")
     return ConfigError([Violation(f"budget.{name}", budget, rule, (near,))])
+
+
+def _tensor(request: PlanRequest, ranks: int) -> LayoutRequest:
+    """Return what is fixed of the layout, with so many tensor ranks."""
+    return request.parallel.model_copy(update={"tensor": ranks})
 
 
 def refuse_batch_of(request: PlanRequest, sequences: int, steps: int) -> ConfigError:
@@ -188,7 +246,9 @@ def refuse_batch_of(request: PlanRequest, sequences: int, steps: int) -> ConfigE
     return ConfigError([Violation("data.global_batch", sequences, rule, (enough,))])
 
 
-def refuse_memory(request: PlanRequest, shape: Shape, ranking: Ranking, flops: float, draft_of: DraftOf) -> ConfigError:
+def refuse_memory(
+    request: PlanRequest, ranking: Ranking, flops: float, draft_of: DraftOf, redraft: Redraft
+) -> ConfigError:
     """Return the error of a model that fits nowhere, with nodes that hold it and a budget whose model fits here.
 
     Where there are neither, devices whose memory would do.
@@ -198,13 +258,15 @@ def refuse_memory(request: PlanRequest, shape: Shape, ranking: Ranking, flops: f
     limit, nodes = FULL * request.cluster.memory_gib, request.cluster.nodes or 1
     needs = f"needs {least.peak_gib:.1f} of {limit:.1f} GiB a device"
     rule = (
-        f"holds no layout of {shape.num_params:.3g} parameters: the smallest of {ranking.proposed} ({least.name}) "
-        f"{needs}, most of it {least.memory.largest}"
+        f"holds no layout of {num_parameters(least.config.model):.3g} parameters: the smallest of {ranking.proposed} "
+        f"({least.name}) {needs}, most of it {least.memory.largest}"
     )
     devices, pins = nodes * node_devices(request.cluster), pins_of(request)
     short = f"leaves no layout that fits: the smallest ({least.name}) {needs}"
     blamed = blame_pins(pins, short, lambda left: fitting_layouts(least.config, devices, left))
-    violations = [*blamed, Violation("cluster.nodes", nodes, rule, _holding(least.config, _doubled(nodes), pins))]
+    more = _holding(request, _doubled(nodes), redraft)
+    violations = [*blamed, Violation("cluster.nodes", nodes, rule, more)]
+    violations += _shorter(request, redraft)
     violations += _smaller(request, flops, 0.5, draft_of)
     if not any(violation.legal for violation in violations):
         enough = math.ceil(least.peak_gib / FULL)
@@ -212,10 +274,27 @@ def refuse_memory(request: PlanRequest, shape: Shape, ranking: Ranking, flops: f
     return ConfigError(violations)
 
 
-def _holding(draft: RunConfig, nodes: Iterable[int], pins: Pins) -> tuple[int, ...]:
-    """Return the first of these numbers of nodes that holds a run, if any does."""
-    each = node_devices(draft.cluster)
-    return tuple(islice((n for n in nodes if holds(draft, n * each, pins)), 1))
+def _holding(request: PlanRequest, nodes: Iterable[int], redraft: Redraft) -> tuple[int, ...]:
+    """Return the first of these numbers of nodes that holds the run that is drafted for them, if any does."""
+    each, pins = node_devices(request.cluster), pins_of(request)
+
+    def held(count: int) -> bool:
+        cluster = request.cluster.model_copy(update={"nodes": count})
+        return holds(redraft(request.model_copy(update={"cluster": cluster})), count * each, pins)
+
+    return tuple(islice((count for count in nodes if held(count)), 1))
+
+
+def _shorter(request: PlanRequest, redraft: Redraft) -> list[Violation]:
+    """Return the longest sequences that the nodes hold, of those that are asked for halved until they are usual."""
+    asked = request.data.seq_len or 0
+    lengths = takewhile(lambda length: length >= USUAL_LENGTH, (asked >> times for times in range(1, 64)))
+    devices, pins = (request.cluster.nodes or 1) * node_devices(request.cluster), pins_of(request)
+    for length in lengths:
+        data = request.data.model_copy(update={"seq_len": length})
+        if holds(redraft(request.model_copy(update={"data": data})), devices, pins):
+            return [Violation("data.seq_len", asked, "or train on shorter sequences", (length,))]
+    return []
 
 
 def _smaller(request: PlanRequest, flops: float, most: float, draft_of: DraftOf) -> list[Violation]:
@@ -229,7 +308,7 @@ def _smaller(request: PlanRequest, flops: float, most: float, draft_of: DraftOf)
     try:
         for times in range(40):
             part = float(f"{flops * most / 2**times:.2g}")
-            draft = draft_of(part)
+            draft = draft_of(request, part)
             if holds(draft, draft.launcher.nproc * draft.launcher.nodes, pins_of(request)):
                 near = part if name == "flops" else float(f"{0.9 * budget * part / flops:.2g}")
                 rule = "or take a smaller budget, and so a smaller model"

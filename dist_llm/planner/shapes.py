@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from dist_llm.accounting.params import num_parameters
-from dist_llm.config.families import FAMILIES, usual_ffn_width
+from dist_llm.config.families import FAMILIES, usual_ffn_width, usual_head_width
 from dist_llm.config.model import ModelConfig
 from dist_llm.config.request import ModelRequest
 
@@ -95,7 +95,7 @@ def _shapes(wish: ModelRequest, seq_len: int, target: float, embeddings: bool, t
             model, more = build_model(wish, seq_len, target, width, layers, tensor), layers - start
             if layers > MOST_LAYERS or model.num_heads % model.kv_heads or model.head_width % 2:
                 continue
-            if model.kv_heads % tensor:
+            if model.kv_heads % tensor or model.ffn_hidden_size % tensor:
                 continue
             known = Shape(model, one.num_params + more * total, one.active_params + more * active)
             yield known if more >= 0 else measure(model)
@@ -158,5 +158,4 @@ def usual_vocab(family: str, num_params: float) -> int:
 
 def _num_heads(width: int, target: float) -> int:
     """Return the heads of a width: 64 wide below a billion parameters, else 128; narrower where the model is."""
-    wanted = 64 if target < SMALL else 128
-    return width // next(head for head in (wanted, 64, 32, 16, width) if width % head == 0)
+    return width // usual_head_width(width, 64 if target < SMALL else 128)

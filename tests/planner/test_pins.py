@@ -23,6 +23,9 @@ PINNED = [
     ("parallel.recompute=selective", "parallel.pipeline=2"),
     ("parallel.schedule=zbv", "parallel.pipeline=1"),
     ("parallel.sequence=true",),
+    ("parallel.virtual_pipeline=1", "parallel.pipeline=2"),
+    ("parallel.virtual_pipeline=1", "parallel.schedule=zbv", "parallel.pipeline=4"),
+    ("parallel.virtual_pipeline=1", "engine=deepspeed"),
 ]
 
 
@@ -36,7 +39,13 @@ def test_the_plan_has_what_is_fixed(plan: Plan, tmp_path: Path, pinned: tuple[st
     for word in pinned:
         key, _, value = word.partition("=")
         section, _, name = key.partition(".")
-        assert str(config[section][name]).lower() == value
+        assert str(config[section][name or "name"]).lower() == value
+
+
+@pytest.mark.parametrize("default", ["parallel.virtual_pipeline=1", "parallel.schedule=1f1b"])
+def test_fixing_a_default_costs_nothing(plan: Plan, default: str) -> None:
+    free, pinned = (plan(*GIVEN, *more)["layouts"][0] for more in ([], [default]))
+    assert pinned["step_seconds"] == free["step_seconds"]
 
 
 def test_heads_split_over_the_tensor_ranks_that_are_fixed(plan: Plan) -> None:
@@ -59,7 +68,10 @@ def test_all_layouts_have_it(plan: Plan) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["parallel.tensor=3"], r"parallel\.tensor=3 leaves no layout of .*: must divide model\..*; use 4, 2 or "),
+        (
+            ["parallel.tensor=3"],
+            r"parallel\.tensor=3 leaves .*: 16 devices must be a multiple of 3 .*; use 4, 2 or ",
+        ),
         (
             ["parallel.context=3"],
             r"parallel\.context=3 leaves .*: 16 devices must be a multiple of 3 .*; use 4, 2 or 1",

@@ -68,6 +68,30 @@ def test_hours_have_a_plan_though_a_guess_on_the_way_has_none(plan: Plan) -> Non
     assert 0.95 * 96090 < found["gpu_hours"] <= 96090
 
 
+def test_heads_of_odd_widths_are_nearly_as_wide_as_usual(plan: Plan) -> None:
+    model = plan("budget.flops=1e22", *CLUSTER, "model.num_layers=30", "model.hidden_size=5000")["model"]
+    assert model["hidden_size"] // model["num_heads"] == 100
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["budget.flops=2.61e24", "cluster=l40s", "cluster.nodes=3"],
+        ["budget.flops=6.17e21", "cluster=a100-40gb", "cluster.nodes=3", "model=llama2-13b", "parallel.schedule=gpipe"],
+        ["budget.flops=4.21e18", "cluster=h100-sxm", "cluster.nodes=6", "model=mixtral-8x7b", "data.microbatch=32"],
+        ["budget.gpu_hours=1e4", "cluster=h200", "cluster.nodes=4", "model.num_kv_heads=2", "parallel.tensor=4"],
+    ],
+    ids=" ".join,
+)
+def test_all_that_is_proposed_is_possible(plan: Plan, refused: Callable[..., str], words: list[str]) -> None:
+    proposed = re.findall(r"^  ([\w.]+)=.*; use (.+)$", refused(*words), re.MULTILINE)
+    assert proposed
+    for key, values in proposed:
+        rest = [word for word in words if not word.startswith(f"{key}=")]
+        for value in re.split(", | or ", values):
+            assert plan(*rest, f"{key}={value}")["layouts"]
+
+
 def test_too_few_hours_are_told_what_the_smallest_plan_takes(plan: Plan, refused: Callable[..., str]) -> None:
     said = refused("budget.gpu_hours=1e-9", *CLUSTER)
     enough = re.search(r"smallest plan here takes .* device-hours; use (\S+)", said)
@@ -149,6 +173,10 @@ def test_experts_count_by_what_a_token_meets(plan: Plan) -> None:
         (["budget.flops=-1"], "budget.flops=-1 must be greater than 0"),
         (["budget.flops=1e20", "data.tokens=-5"], "data.tokens=-5 must be at least 1"),
         (["budget.flops=1e20", *CLUSTER, "data.tokens=2"], "data.tokens=2.0 would be seen"),
+        (
+            ["budget.flops=1e22", *CLUSTER, "cluster.nodes=8", "data.seq_len=100000000"],
+            "data.seq_len=100000000 or train",
+        ),
         (["budget.flops=1e20", "cluster=h200-sx"], "cluster=h200-sx is not one of the"),
         (["budget.flops=1e20", "law=chinchila"], "is neither a published law nor a law file"),
         (["budget.flops=10"], "is too little to train anything"),
