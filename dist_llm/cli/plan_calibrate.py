@@ -11,7 +11,7 @@ from dist_llm.cli.parse import Answer, Command, add_json
 from dist_llm.errors import ConfigError, DataError, StorageError, Violation
 
 if TYPE_CHECKING:
-    from dist_llm.planner.calibration import Observation
+    from dist_llm.planner.calibration import Calibration, Observation
 
 _EPILOG = """\
   dist-llm plan calibrate runs/* --write box.yaml
@@ -22,6 +22,9 @@ should differ in what they are bound by: a wide model, a narrow one, tensor rank
 --hold-out names runs that are predicted and not fitted."""
 
 FEWEST_STEPS = 4
+FAR, MOST_ERROR = 10, 0.15
+"""Figures that are moved by more than the first, and mean errors above the second, are spoken of."""
+
 FEWEST_JUDGED = 5
 """Runs that must be held out for the hardware file to say how far off its steps are."""
 
@@ -62,12 +65,14 @@ def calibrate_runs(arguments: argparse.Namespace) -> Answer:
         "runs": [_row(each, found.before[each.name], found.after[each.name]) for each in fitted],
         "held_out": [_row(each, None, blind[each.name]) for each in others],
         "mean_error": found.mean_error,
+        "notes": (notes := _doubts(found)),
     }
     lines = [f"{name}: {before:.4g} -> {after:.4g}" for name, (before, after) in found.moved.items()]
     lines += [f"  {each.name}: {each.step_seconds:.4g} s, predicted {found.after[each.name]:+.1%}" for each in fitted]
     lines += [
         f"  held out {each.name}: {each.step_seconds:.4g} s, predicted {blind[each.name]:+.1%}" for each in others
     ]
+    lines += notes
     if arguments.write is not None:
         try:
             arguments.write.write_text(render_document(named), encoding="utf-8")
@@ -76,6 +81,19 @@ def calibrate_runs(arguments: argparse.Namespace) -> Answer:
         data["written"] = str(arguments.write)
         lines.append(f"written: {arguments.write}")
     return Answer("\n".join(lines), data)
+
+
+def _doubts(found: Calibration) -> list[str]:
+    """Return why the figures may be worth little: few runs, a figure far from the preset's, runs that do not fit."""
+    doubts = []
+    if len(found.after) < len(found.moved):
+        doubts.append(f"{len(found.after)} runs for {len(found.moved)} figures: what they do not show stays as it was")
+    far = [name for name, (before, after) in found.moved.items() if not 1 / FAR < after / before < FAR]
+    if far:
+        doubts.append(f"{', '.join(far)}: more than {FAR} times off the file's; was the machine doing other work?")
+    if found.mean_error > MOST_ERROR:
+        doubts.append(f"fitted runs are {found.mean_error:.0%} off in the mean: do not rely on these figures")
+    return doubts
 
 
 def _step_error(errors: list[float]) -> float | None:

@@ -110,6 +110,22 @@ def test_the_command(tmp_path: Path, truth: ClusterConfig, capsys: pytest.Captur
     assert said == pytest.approx(answer["held_out"][0]["predicted_seconds"], rel=1e-6)
 
 
+def test_figures_that_are_worth_little_are_said_to_be(
+    tmp_path: Path, truth: ClusterConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [_folder(tmp_path / f"run{i}", _observe(words, truth)) for i, words in enumerate(SHAPES)]
+    assert main(["plan", "calibrate", *map(str, runs), "--json"]) == ExitCode.DONE
+    assert json.loads(capsys.readouterr().out)["notes"] == []
+    disturbed = [_folder(tmp_path / f"{i}", _observe(SHAPES[0], truth)) for i in range(2)]
+    lines = disturbed[0] / "metrics.jsonl"
+    lines.write_text(lines.read_text().replace('"step_seconds": ', '"step_seconds": 1000'))
+    assert main(["plan", "calibrate", *map(str, disturbed)]) == ExitCode.DONE
+    said = capsys.readouterr().out
+    assert "2 runs for 5 figures" in said
+    assert "was the machine doing other work?" in said
+    assert "do not rely on these figures" in said
+
+
 def test_bad_input(tmp_path: Path, truth: ClusterConfig, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "calibrate", str(tmp_path)]) == ExitCode.CONFIG
     assert "it is not the folder of a run" in capsys.readouterr().err
