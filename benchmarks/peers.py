@@ -82,7 +82,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     with WorkerPool(case.ranks, timeout_seconds=300.0, prepare=prepare) as pool:
         stream = pool.stream(run_rounds, config, case.names, rounds, case.steps, world=case.ranks)
         starts = next(stream)
-        left_out = _left_out(starts)
+        left_out = left_out_of(starts)
         for ranks in stream:
             slowest = {each: max(rank[each] for rank in ranks) for each in ranks[0] if each not in left_out}
             seconds.append(slowest)
@@ -101,7 +101,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     return {**row, "ratios": ratios}
 
 
-def _left_out(starts: Sequence[Start]) -> dict[str, str]:
+def left_out_of(starts: Sequence[Start]) -> dict[str, str]:
     """Return why contestants are not timed: the first rank's reason, or a first loss that is not that of the work."""
     reasons = {each: why for start in reversed(starts) for each, why in start.left_out.items()}
     if "ours" in reasons:

@@ -101,7 +101,7 @@ def _wrapped(config: RunConfig, settings: Any, model: Any) -> tuple[Any, Any]:
 
 def _mean(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     loss = losses.mean()
-    return loss, {"loss": loss.detach()}
+    return loss, {"loss": loss.detach().clone()}  # the schedule divides the loss in place
 
 
 def _forward(source: Iterator[tuple[Tensor, Tensor]], chunk: Any) -> tuple[Tensor, Any]:
@@ -109,6 +109,14 @@ def _forward(source: Iterator[tuple[Tensor, Tensor]], chunk: Any) -> tuple[Tenso
     tokens, targets = next(source)
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     return chunk(tokens, positions, None, labels=targets), _mean
+
+
+def _clip(parameters: Any, max_norm: float, total_norm: float, use_decoupled_grad: bool = False) -> None:
+    """Clip as its own function does, which insists on gradients of CUDA's types."""
+    coefficient = max_norm / (total_norm + 1e-6)
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if grads and coefficient < 1:
+        torch._foreach_mul_(grads, coefficient)
 
 
 def build_megatron(config: RunConfig, mesh: Mesh) -> Contestant:
@@ -119,15 +127,15 @@ def build_megatron(config: RunConfig, mesh: Mesh) -> Contestant:
         raise CannotRunError(str(error)) from error
     from megatron.core import parallel_state
     from megatron.core.distributed import finalize_model_grads
+    from megatron.core.optimizer import optimizer as optimizer_module
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from dist_llm.engine.megatron_cpu import prepare_modules
 
     prepare_modules()
+    optimizer_module.clip_grad_by_total_norm_fp32 = _clip
     parallel, data = config.parallel, config.data
-    parallel_state.initialize_model_parallel(
-        parallel.tensor, parallel.pipeline, create_gloo_process_groups=False
-    )
+    parallel_state.initialize_model_parallel(parallel.tensor, parallel.pipeline, create_gloo_process_groups=False)
     with keep_variables(), staying_on_cpu():
         settings = _settings(config)
         chunk, optimizer = _wrapped(config, settings, _model(config, settings))

@@ -43,7 +43,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor] | None) -> Tensor:
         """Attend over [B, T, D]."""
         batch, length, _ = x.shape
-        query, key, value = (w(x).view(batch, length, -1, self.head).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
+        query, key, value = (
+            w(x).view(batch, length, -1, self.head).transpose(1, 2) for w in (self.wq, self.wk, self.wv)
+        )
         if tables is not None:
             query, key = rotate(query, *tables), rotate(key, *tables)
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=self.grouped)

@@ -9,15 +9,24 @@ were made before; each has done two that are not timed.
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from benchmarks.peers_libraries import build_deepspeed, build_transformers
 from benchmarks.peers_megatron import build_megatron
-from benchmarks.peers_steps import Contestant, build_bare, build_gemm_floor, build_ours, build_plain
+from benchmarks.peers_steps import (
+    CannotRunError,
+    Contestant,
+    build_bare,
+    build_gemm_floor,
+    build_ours,
+    build_plain,
+)
 from dist_llm.config.run import RunConfig
 from dist_llm.runtime.mesh import Mesh, build_mesh
 from dist_llm.runtime.seed import set_determinism
@@ -45,6 +54,15 @@ class Start:
     left_out: dict[str, str]
 
 
+def reason_of(error: Exception) -> str:
+    """Return an error in a line: what a contestant said itself, or the kind, place and words of any other."""
+    words = (str(error).splitlines() or [""])[0]
+    if isinstance(error, CannotRunError):
+        return words
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in {last.name} ({Path(last.filename).name}:{last.lineno}): {words}"
+
+
 def run_rounds(config: RunConfig, names: tuple[str, ...], rounds: int, steps: int) -> Iterator[object]:
     """Yield on this rank a Start, then for each round the seconds of a step by name. A barrier before each turn."""
     mesh = build_mesh(config.parallel, torch.device("cpu"), config.launcher.timeout_seconds)
@@ -63,7 +81,7 @@ def run_rounds(config: RunConfig, names: tuple[str, ...], rounds: int, steps: in
             losses[name], _ = [ready[name].step(batch) for batch in batches(name, 0, 2)]
         except Exception as error:  # whatever a library raises, the others are still timed
             ready.pop(name, None)
-            left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            left_out[name] = reason_of(error)
         torch.set_num_threads(threads)
     yield Start(losses, tuple(name for name in ready if ready[name].same_start), left_out)
     for number in range(rounds):
