@@ -1,0 +1,92 @@
+// Three passes over a row, all but the first in cache: mean, variance about it, results. Sums are in fp32.
+#include "cpu/vector.h"
+#include "layer_norm/layer_norm.h"
+
+namespace dllm {
+namespace DLLM_ISA {
+namespace {
+
+template <class T>
+void forward(const LayerNormForward& op, int64_t first, int64_t last) {
+  const int64_t n = op.width;
+  const float* __restrict w = op.weight;
+  const float* __restrict b = op.bias;
+  for (int64_t row = first; row < last; ++row) {
+    const T* __restrict x = static_cast<const T*>(op.x) + row * n;
+    T* __restrict y = static_cast<T*>(op.normed) + row * n;
+    float sum = 0.0f, squares = 0.0f;
+    if (op.residual != nullptr) {
+      const T* __restrict residual = static_cast<const T*>(op.residual) + row * n;
+      T* __restrict total = static_cast<T*>(op.total) + row * n;
+      _Pragma("omp simd reduction(+ : sum)") for (int64_t i = 0; i < n; ++i) {
+        const float value = rounded_as<T>(load(x, i) + load(residual, i));
+        store(total, i, value);
+        sum += value;
+      }
+      x = total;
+    } else {
+      _Pragma("omp simd reduction(+ : sum)") for (int64_t i = 0; i < n; ++i) sum += load(x, i);
+    }
+    const float mean = sum / float(n);
+    _Pragma("omp simd reduction(+ : squares)") for (int64_t i = 0; i < n; ++i) {
+      const float centred = load(x, i) - mean;
+      squares += centred * centred;
+    }
+    const float rstd = 1.0f / __builtin_sqrtf(squares / float(n) + op.eps);
+    op.mean[row] = mean;
+    op.rstd[row] = rstd;
+    if (b != nullptr) {
+      DLLM_SIMD for (int64_t i = 0; i < n; ++i) store(y, i, (load(x, i) - mean) * rstd * w[i] + b[i]);
+    } else {
+      DLLM_SIMD for (int64_t i = 0; i < n; ++i) store(y, i, (load(x, i) - mean) * rstd * w[i]);
+    }
+  }
+}
+
+template <class T>
+void backward(const LayerNormBackward& op, float* grad_scale, int64_t first, int64_t last) {
+  const int64_t n = op.width;
+  const float* __restrict w = op.weight;
+  float* __restrict grad_weight = grad_scale;
+  float* __restrict grad_bias = grad_scale + n;
+  for (int64_t row = first; row < last; ++row) {
+    const T* __restrict x = static_cast<const T*>(op.x) + row * n;
+    const T* __restrict grad = static_cast<const T*>(op.grad) + row * n;
+    T* __restrict out = static_cast<T*>(op.grad_x) + row * n;
+    const float mean = op.mean[row], rstd = op.rstd[row];
+    float sum = 0.0f, dot = 0.0f;
+    _Pragma("omp simd reduction(+ : sum, dot)") for (int64_t i = 0; i < n; ++i) {
+      const float scaled = load(grad, i) * w[i];
+      sum += scaled;
+      dot += scaled * (load(x, i) - mean);
+    }
+    const float level = sum / float(n), along = dot * rstd * rstd / float(n);
+    if (op.grad_total != nullptr) {
+      const T* __restrict more = static_cast<const T*>(op.grad_total) + row * n;
+      DLLM_SIMD for (int64_t i = 0; i < n; ++i) {
+        const float g = load(grad, i), centred = load(x, i) - mean;
+        grad_weight[i] += g * centred * rstd;
+        grad_bias[i] += g;
+        store(out, i, (g * w[i] - level - centred * along) * rstd + load(more, i));
+      }
+    } else {
+      DLLM_SIMD for (int64_t i = 0; i < n; ++i) {
+        const float g = load(grad, i), centred = load(x, i) - mean;
+        grad_weight[i] += g * centred * rstd;
+        grad_bias[i] += g;
+        store(out, i, (g * w[i] - level - centred * along) * rstd);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace DLLM_ISA
+
+extern const LayerNormLoops DLLM_TABLE(layer_norm);
+const LayerNormLoops DLLM_TABLE(layer_norm) = {
+    {DLLM_ISA::forward<float>, DLLM_ISA::forward<DLLM_ISA::BFloat16>, DLLM_ISA::forward<DLLM_ISA::Float16>},
+    {DLLM_ISA::backward<float>, DLLM_ISA::backward<DLLM_ISA::BFloat16>, DLLM_ISA::backward<DLLM_ISA::Float16>},
+};
+
+}  // namespace dllm
