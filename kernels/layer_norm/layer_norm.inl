@@ -14,24 +14,24 @@ void forward(const LayerNormForward& op, int64_t first, int64_t last) {
   for (int64_t row = first; row < last; ++row) {
     const T* __restrict x = static_cast<const T*>(op.x) + row * n;
     T* __restrict y = static_cast<T*>(op.normed) + row * n;
-    float sum = 0.0f, squares = 0.0f;
+    float sum = 0.0f;
     if (op.residual != nullptr) {
       const T* __restrict residual = static_cast<const T*>(op.residual) + row * n;
       T* __restrict total = static_cast<T*>(op.total) + row * n;
-      _Pragma("omp simd reduction(+ : sum)") for (int64_t i = 0; i < n; ++i) {
+      sum = sum_over(n, [=](int64_t i) __attribute__((always_inline)) {
         const float value = rounded_as<T>(load(x, i) + load(residual, i));
         store(total, i, value);
-        sum += value;
-      }
+        return value;
+      });
       x = total;
     } else {
-      _Pragma("omp simd reduction(+ : sum)") for (int64_t i = 0; i < n; ++i) sum += load(x, i);
+      sum = sum_over(n, [=](int64_t i) __attribute__((always_inline)) { return load(x, i); });
     }
     const float mean = sum / float(n);
-    _Pragma("omp simd reduction(+ : squares)") for (int64_t i = 0; i < n; ++i) {
+    const float squares = sum_over(n, [=](int64_t i) __attribute__((always_inline)) {
       const float centred = load(x, i) - mean;
-      squares += centred * centred;
-    }
+      return centred * centred;
+    });
     const float rstd = 1.0f / __builtin_sqrtf(squares / float(n) + op.eps);
     op.mean[row] = mean;
     op.rstd[row] = rstd;

@@ -17,14 +17,14 @@ void forward(const RmsNormForward& op, int64_t first, int64_t last) {
     if (op.residual != nullptr) {
       const T* __restrict residual = static_cast<const T*>(op.residual) + row * n;
       T* __restrict total = static_cast<T*>(op.total) + row * n;
-      _Pragma("omp simd reduction(+ : squares)") for (int64_t i = 0; i < n; ++i) {
+      squares = sum_over(n, [=](int64_t i) __attribute__((always_inline)) {
         const float sum = rounded_as<T>(load(x, i) + load(residual, i));
         store(total, i, sum);
-        squares += sum * sum;
-      }
+        return sum * sum;
+      });
       x = total;
     } else {
-      _Pragma("omp simd reduction(+ : squares)") for (int64_t i = 0; i < n; ++i) squares += load(x, i) * load(x, i);
+      squares = sum_over(n, [=](int64_t i) __attribute__((always_inline)) { return load(x, i) * load(x, i); });
     }
     const float rstd = 1.0f / __builtin_sqrtf(squares / float(n) + op.eps);
     op.rstd[row] = rstd;

@@ -100,9 +100,8 @@ def test_foreign_hooks_is_seen() -> None:
 
 def _build_wheel(folder: Path) -> list[str]:
     """Build a wheel without the kernels, which take a compiler and time: tests/kernels/test_build.py builds them."""
-    program = (
-        "import sys; from scikit_build_core.build import build_wheel as b; b(sys.argv[1], {'wheel.cmake': 'false'})"
-    )
+    program = "import sys; from scikit_build_core.build import build_wheel as build; "
+    program += "build(sys.argv[1], {'wheel.cmake': 'false'})"
     subprocess.run([sys.executable, "-c", program, str(folder)], cwd=ROOT, check=True, capture_output=True, timeout=120)
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:

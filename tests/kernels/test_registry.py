@@ -36,9 +36,7 @@ def _copy(folder: Path) -> Path:
 
 @pytest.fixture
 def without_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "dist_llm.ops.registry.native_library", lambda: NativeLibrary("there was no compiler: build it")
-    )
+    monkeypatch.setattr("dist_llm.ops.registry.native_library", lambda: NativeLibrary("there was no compiler: buy"))
     native_problem.cache_clear()
     monkeypatch.setattr("dist_llm.engine.kernels.native_library", lambda: NativeLibrary("there was no compiler"))
 
@@ -61,7 +59,7 @@ def test_what_no_kernel_computes_falls_back_and_says_why() -> None:
 
 
 def test_required_makes_a_fallback_an_error() -> None:
-    with pytest.raises(ConfigError, match="kernels.rms_norm=auto cannot be had: native kernels compute") as caught:
+    with pytest.raises(ConfigError, match=r"kernels.rms_norm=auto cannot be had: native kernels compute") as caught:
         choose_kernels({}, True, "cpu", torch.float64)
     assert caught.value.exit_code == ExitCode.CONFIG
     assert [violation.key for violation in caught.value.violations] == [f"kernels.{name}" for name in NATIVE_OPS]
@@ -75,9 +73,9 @@ def test_without_a_library_the_reference_computes_and_one_warning_says_so(caplog
         for _ in range(2):
             assert kernels_for(config, torch.device("cpu")) == Kernels()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "there was no compiler: build it" in caplog.text
+    assert "there was no compiler: buy" in caplog.text
     required = config.model_copy(update={"kernels": config.kernels.model_copy(update={"required": True})})
-    with pytest.raises(ConfigError, match="kernels.rms_norm=auto cannot be had: there is no native library"):
+    with pytest.raises(ConfigError, match=r"kernels.rms_norm=auto cannot be had: there is no native library"):
         kernels_for(required, torch.device("cpu"))
     native_problem.cache_clear()
 
@@ -85,7 +83,7 @@ def test_without_a_library_the_reference_computes_and_one_warning_says_so(caplog
 def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
     tree = tiny_config(None, LLAMA).model_dump(mode="json")
     tree["kernels"] = {"rms_norm": "triton"}
-    with pytest.raises(ConfigError, match="kernels.rms_norm=triton.*use auto, reference or native"):
+    with pytest.raises(ConfigError, match=r"kernels.rms_norm=triton.*use auto, reference or native"):
         decode(tree)
 
 
@@ -135,8 +133,8 @@ def test_a_build_without_a_compiler_says_so(tmp_path: Path) -> None:
 def test_every_instruction_set_computes_the_same(isa: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a process of its own, since the set is picked once. One that the processor lacks is refused by name."""
     program = (
-        "import torch; from dist_llm.ops.native import native_library as n; from tests.kernels.every_isa import largest_gap;"
-        "l = n(); print(l.isa, largest_gap() if l.problem is None else l.problem)"
+        "from dist_llm.ops.native import native_library; from tests.kernels.every_isa import largest_gap;"
+        "l = native_library(); print(l.isa, largest_gap() if l.problem is None else l.problem)"
     )
     monkeypatch.setenv("DIST_LLM_CPU_ISA", isa)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
