@@ -126,6 +126,7 @@ def test_torch_knows_the_op(name: str, backend: str) -> None:
         torch.library.opcheck(case.native_op(), case.raw(inputs))  # type: ignore[arg-type]
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 def test_a_compiled_graph_holds_the_op_whole() -> None:
     """The op itself: the shape checks around our functions, which tests have, cannot be traced."""
     case, op = CASES["add_rms_norm"], torch.ops.dist_llm.add_rms_norm
