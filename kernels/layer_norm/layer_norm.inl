@@ -18,11 +18,11 @@ void forward(const LayerNormForward& op, int64_t first, int64_t last) {
     if (op.residual != nullptr) {
       const T* __restrict residual = static_cast<const T*>(op.residual) + row * n;
       T* __restrict total = static_cast<T*>(op.total) + row * n;
-      sum = sum_over(n, [=](int64_t i) __attribute__((always_inline)) {
+      _Pragma("omp simd reduction(+ : sum)") for (int64_t i = 0; i < n; ++i) {
         const float value = rounded_as<T>(load(x, i) + load(residual, i));
         store(total, i, value);
-        return value;
-      });
+        sum += value;
+      }
       x = total;
     } else {
       sum = sum_over(n, [=](int64_t i) __attribute__((always_inline)) { return load(x, i); });

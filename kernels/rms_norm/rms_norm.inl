@@ -17,11 +17,11 @@ void forward(const RmsNormForward& op, int64_t first, int64_t last) {
     if (op.residual != nullptr) {
       const T* __restrict residual = static_cast<const T*>(op.residual) + row * n;
       T* __restrict total = static_cast<T*>(op.total) + row * n;
-      squares = sum_over(n, [=](int64_t i) __attribute__((always_inline)) {
+      _Pragma("omp simd reduction(+ : squares)") for (int64_t i = 0; i < n; ++i) {
         const float sum = rounded_as<T>(load(x, i) + load(residual, i));
         store(total, i, sum);
-        return sum * sum;
-      });
+        squares += sum * sum;
+      }
       x = total;
     } else {
       squares = sum_over(n, [=](int64_t i) __attribute__((always_inline)) { return load(x, i) * load(x, i); });
