@@ -47,7 +47,7 @@ NATIVE_OPS: Mapping[str, NativeOp] = MappingProxyType(
     }
 )
 
-PREFERRED: Mapping[str, Mapping[str, str]] = MappingProxyType({"cpu": dict.fromkeys(NATIVE_OPS, NATIVE)})
+PREFERRED: Mapping[str, Mapping[str, str]] = MappingProxyType({"cpu": {"rms_norm": NATIVE}})
 """By kind of device, what `auto` takes for each op: what was measured to be fastest (kernels/*/README.md)."""
 
 

@@ -14,19 +14,14 @@ void forward(const LayerNormForward& op, int64_t first, int64_t last) {
   for (int64_t row = first; row < last; ++row) {
     const T* __restrict x = static_cast<const T*>(op.x) + row * n;
     T* __restrict y = static_cast<T*>(op.normed) + row * n;
-    float sum = 0.0f;
     if (op.residual != nullptr) {
       const T* __restrict residual = static_cast<const T*>(op.residual) + row * n;
       T* __restrict total = static_cast<T*>(op.total) + row * n;
-      _Pragma("omp simd reduction(+ : sum)") for (int64_t i = 0; i < n; ++i) {
-        const float value = rounded_as<T>(load(x, i) + load(residual, i));
-        store(total, i, value);
-        sum += value;
-      }
+      DLLM_SIMD for (int64_t i = 0; i < n; ++i) store(total, i, load(x, i) + load(residual, i));
       x = total;
-    } else {
-      sum = sum_over(n, [=](int64_t i) __attribute__((always_inline)) { return load(x, i); });
     }
+    // Of the stored sum, in the same order: adding beforehand, as a recomputed norm does, gives the same bits.
+    const float sum = sum_over(n, [=](int64_t i) __attribute__((always_inline)) { return load(x, i); });
     const float mean = sum / float(n);
     const float squares = sum_over(n, [=](int64_t i) __attribute__((always_inline)) {
       const float centred = load(x, i) - mean;
@@ -60,21 +55,22 @@ void backward(const LayerNormBackward& op, float* grad_scale, int64_t first, int
       sum += scaled;
       dot += scaled * (load(x, i) - mean);
     }
-    const float level = sum / float(n), along = dot * rstd * rstd / float(n);
+    // A product last would be fused with the sum below in one of the loops alone: they would differ in bits.
+    const float level = sum / float(n), along = dot * rstd * rstd * rstd / float(n);
     if (op.grad_total != nullptr) {
       const T* __restrict more = static_cast<const T*>(op.grad_total) + row * n;
       DLLM_SIMD for (int64_t i = 0; i < n; ++i) {
         const float g = load(grad, i), centred = load(x, i) - mean;
         grad_weight[i] += g * centred * rstd;
         grad_bias[i] += g;
-        store(out, i, (g * w[i] - level - centred * along) * rstd + load(more, i));
+        store(out, i, rounded_as<T>((g * w[i] - level) * rstd - centred * along) + load(more, i));
       }
     } else {
       DLLM_SIMD for (int64_t i = 0; i < n; ++i) {
         const float g = load(grad, i), centred = load(x, i) - mean;
         grad_weight[i] += g * centred * rstd;
         grad_bias[i] += g;
-        store(out, i, (g * w[i] - level - centred * along) * rstd);
+        store(out, i, (g * w[i] - level) * rstd - centred * along);
       }
     }
   }

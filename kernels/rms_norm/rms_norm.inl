@@ -13,19 +13,14 @@ void forward(const RmsNormForward& op, int64_t first, int64_t last) {
   for (int64_t row = first; row < last; ++row) {
     const T* __restrict x = static_cast<const T*>(op.x) + row * n;
     T* __restrict y = static_cast<T*>(op.normed) + row * n;
-    float squares = 0.0f;
     if (op.residual != nullptr) {
       const T* __restrict residual = static_cast<const T*>(op.residual) + row * n;
       T* __restrict total = static_cast<T*>(op.total) + row * n;
-      _Pragma("omp simd reduction(+ : squares)") for (int64_t i = 0; i < n; ++i) {
-        const float sum = rounded_as<T>(load(x, i) + load(residual, i));
-        store(total, i, sum);
-        squares += sum * sum;
-      }
+      DLLM_SIMD for (int64_t i = 0; i < n; ++i) store(total, i, load(x, i) + load(residual, i));
       x = total;
-    } else {
-      squares = sum_over(n, [=](int64_t i) __attribute__((always_inline)) { return load(x, i) * load(x, i); });
     }
+    // Of the stored sum, in the same order: adding beforehand, as a recomputed norm does, gives the same bits.
+    const float squares = sum_over(n, [=](int64_t i) __attribute__((always_inline)) { return load(x, i) * load(x, i); });
     const float rstd = 1.0f / __builtin_sqrtf(squares / float(n) + op.eps);
     op.rstd[row] = rstd;
     DLLM_SIMD for (int64_t i = 0; i < n; ++i) store(y, i, load(x, i) * rstd * w[i]);
@@ -49,7 +44,7 @@ void backward(const RmsNormBackward& op, float* __restrict grad_weight, int64_t 
       DLLM_SIMD for (int64_t i = 0; i < n; ++i) {
         const float g = load(grad, i), v = load(x, i);
         grad_weight[i] += g * v * rstd;
-        store(out, i, g * w[i] * rstd - v * along + load(more, i));
+        store(out, i, rounded_as<T>(g * w[i] * rstd - v * along) + load(more, i));
       }
     } else {
       DLLM_SIMD for (int64_t i = 0; i < n; ++i) {
