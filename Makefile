@@ -17,15 +17,21 @@ ANCHORS ?=
 MACHINE ?=
 # Optional: an index that serves CPU builds of torch. Without it pip takes what its own settings offer.
 TORCH_INDEX ?=
+# Optional: ON builds the kernels for CUDA or fails, OFF those for the CPU alone; by default nvcc is used if it is here.
+DLLM_CUDA ?= AUTO
 
 BIN := .venv/bin
-# .venv is made anew when the clone moves, and brought up to date when what it is made from changes.
+# .venv is made anew when the clone moves, and brought up to date when what it is made from changes; kernels are built in
+# it, and again when their sources change.
 PLACE := $(shell printf '%s' '$(CURDIR)' | cksum | cut -d' ' -f1)
 CONTENT := $(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 MADE := .venv/.made-$(PLACE)
 READY := .venv/.ready-$(PLACE)-$(CONTENT)
+KERNELS := $(shell { find kernels -type f ! -name '*.md' | sort | xargs cat; echo '$(DLLM_CUDA)'; } | cksum | cut -d' ' -f1)
+BUILT := .venv/.built-$(PLACE)-$(CONTENT)-$(KERNELS)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
-TOOLS := pip setuptools hatchling editables
+BUILDS := --no-build-isolation --config-settings=build-dir=.venv/kernels --editable
+TOOLS := pip setuptools scikit-build-core cmake ninja
 
 ##@ Use
 .PHONY: help setup quickstart
@@ -33,7 +39,7 @@ help: ## list the targets
 	@awk 'BEGIN { FS = ":.*## " } /^##@/ { printf "\n%s\n", substr($$0, 5) } \
 		/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
-setup: $(READY) ## make .venv with everything that the tests need (TORCH_INDEX=<index of CPU wheels of torch>)
+setup: $(BUILT) ## make .venv with everything that the tests need (TORCH_INDEX=<index of CPU wheels of torch>)
 	@echo "setup: .venv is ready"
 
 quickstart: setup ## train a small GPT on 8 CPU ranks: tensor x pipeline x data parallel with ZeRO-1
@@ -95,6 +101,12 @@ $(READY): | $(MADE)
 	@echo "setup: installing torch"
 	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url '$(TORCH_INDEX)') torch
 	@echo "setup: installing dist_llm, the other engines and the tools that check it"
-	@$(PIP) --no-build-isolation --editable '.[dev,deepspeed,megatron]'
+	@DLLM_CUDA='$(DLLM_CUDA)' $(PIP) $(BUILDS) '.[dev,deepspeed,megatron]'
 	@rm -f .venv/.ready-*
+	@touch $@ $(BUILT)
+
+# The build folder stays, so that only what changed is compiled.
+$(BUILT): | $(READY)
+	@test -f $@ || { echo "setup: building the kernels"; DLLM_CUDA='$(DLLM_CUDA)' $(PIP) --no-deps $(BUILDS) .; }
+	@rm -f .venv/.built-*
 	@touch $@

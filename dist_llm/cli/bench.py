@@ -1,4 +1,4 @@
-"""`dist-llm bench`: how fast is it here? A training step on several engines, in one table and one JSON object."""
+"""`dist-llm bench`: how fast is it here? A training step on several engines, or single kernels: a table or JSON."""
 
 from __future__ import annotations
 
@@ -135,6 +135,64 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
     return "\n".join(map(line, cells))
 
 
+_KERNELS = """\
+Times each op that has more than one backend, in fp32 on this CPU, at the sizes of a small model: the compiled library's
+kernel (native), PyTorch's function (eager) and torch.compile of that (inductor), which take turns. The least time of
+all rounds counts. A figure above 1.00 in the last two columns says how often faster native is."""
+
+
+def add_kernel_arguments(parser: argparse.ArgumentParser) -> None:
+    """Take ops, threads, and how long to measure."""
+    parser.epilog = _KERNELS
+    parser.add_argument("ops", nargs="*", metavar="OP", help="ops to time (default: all)")
+    parser.add_argument("--threads", default="1,2", metavar="N,N", help="numbers of threads (default 1,2)")
+    parser.add_argument("--rounds", type=int, default=30, metavar="N", help="rounds of each variant (default 30)")
+    add_json(parser)
+
+
+def kernels(arguments: argparse.Namespace) -> Answer:
+    """Time ops side by side."""
+    counts = arguments.threads.split(",")
+    slips = []
+    if not all(count.isdecimal() and 1 <= int(count) <= 4096 for count in counts):
+        slips.append(Violation("--threads", arguments.threads, "must be numbers from 1 to 4096, such as 1,2"))
+    if not 1 <= arguments.rounds <= 10**6:
+        slips.append(Violation("--rounds", arguments.rounds, "must be from 1 to 1000000"))
+    if slips:
+        raise ConfigError(slips)
+    from dist_llm.runtime.log import configure_logging, get_logger
+    from dist_llm.train.bench_kernels import TIMED, bench_kernels
+
+    known = tuple(timed.name for timed in TIMED)
+    slips = [Violation("OP", name, "is no op that is timed", known) for name in arguments.ops if name not in known]
+    if slips:
+        raise ConfigError(slips)
+    configure_logging(0, arguments.debug)
+    report = get_logger("cli.bench").info
+    facts = bench_kernels(arguments.ops or known, [int(count) for count in counts], arguments.rounds, report)
+    where = "\n".join(f"{name}: {facts[name]}" for name in ("processor", "isa", "torch", "dtype", "rounds"))
+    return Answer(f"{where}\n\n{table([_kernel_cells(row) for row in facts['rows']])}", facts)
+
+
+def _kernel_cells(row: Mapping[str, Any]) -> dict[str, str]:
+    def ratio(other: str) -> str:
+        return "-" if row["native"] is None or row[other] is None else f"{row[other] / row['native']:.2f}"
+
+    def milliseconds(variant: str) -> str:
+        return "-" if row[variant] is None else f"{1e3 * row[variant]:.3f}"
+
+    return {
+        "op": row["op"],
+        "shape": "x".join(map(str, row["shape"])),
+        "threads": str(row["threads"]),
+        "pass": row["pass"],
+        **{f"{variant} ms": milliseconds(variant) for variant in ("eager", "inductor", "native")},
+        "eager/native": ratio("eager"),
+        "inductor/native": ratio("inductor"),
+    }
+
+
 COMMANDS = {
     "step": Command("time a training step on several engines side by side", add_step_arguments, step),
+    "kernels": Command("time single ops: native kernels, eager PyTorch, torch.compile", add_kernel_arguments, kernels),
 }

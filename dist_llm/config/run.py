@@ -7,6 +7,7 @@ from typing import Literal
 from dist_llm.config.base import Section
 from dist_llm.config.cluster import ClusterConfig
 from dist_llm.config.inputs import DataConfig, TokenizerConfig
+from dist_llm.config.kernels import KernelsConfig
 from dist_llm.config.model import ModelConfig
 from dist_llm.config.operations import (
     CheckpointConfig,
@@ -38,6 +39,8 @@ class RunConfig(Section):
     """Learning rate over steps."""
     precision: PrecisionConfig
     """Number formats."""
+    kernels: KernelsConfig = KernelsConfig()
+    """What computes an operation."""
     data: DataConfig
     """Corpus and batches."""
     tokenizer: TokenizerConfig

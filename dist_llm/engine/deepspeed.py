@@ -21,6 +21,7 @@ from dist_llm.config.run import RunConfig
 from dist_llm.engine import deepspeed_library as library
 from dist_llm.engine.deepspeed_settings import settings_of
 from dist_llm.engine.deepspeed_state import FlatState
+from dist_llm.engine.kernels import kernels_for
 from dist_llm.engine.loss_scale import LossScale
 from dist_llm.engine.model import splittable
 from dist_llm.engine.recipe import facts_of, formats_of, local_batch, restore_facts, update_rules
@@ -56,7 +57,7 @@ class DeepSpeedEngine:
         self._context = ContextShare(mesh.cp.index, mesh.cp.size)
         formats = formats_of(config.precision)
         stages = plan_stages(config.model, 1)
-        model = splittable(config.model, config.run.seed)
+        model = splittable(config.model, config.run.seed, kernels_for(config, mesh.device))
         (stage,) = apply_layout(model, stages, config.parallel, formats, mesh, zero=False)
         self._model = stage.part.model
         _mark_parts(stage.shards, mesh.tp)

@@ -8,9 +8,11 @@ from torch import nn
 
 from dist_llm.accounting.stages import StagePlan
 from dist_llm.config.model import ModelConfig
+from dist_llm.models.kernels import apply_kernels
 from dist_llm.models.moe import MoE
 from dist_llm.models.plan import RECOMPUTE_PLAN, SHARD_PLAN, TIED_PAIR, plan_init
 from dist_llm.models.transformer import Block, Transformer, build_model
+from dist_llm.ops.registry import Kernels
 from dist_llm.parallel.apply import SplittableModel
 from dist_llm.parallel.materialise import allocate, fill_normal
 from dist_llm.parallel.shards import LocalShard
@@ -31,12 +33,13 @@ def _layers(module: nn.Module) -> list[Block]:
     return [cast(Block, layer) for layer in cast(Transformer, module).layers.values()]
 
 
-def splittable(config: ModelConfig, seed: int) -> SplittableModel:
-    """Return what splitting needs to know of the transformer."""
+def splittable(config: ModelConfig, seed: int, kernels: Kernels | None = None) -> SplittableModel:
+    """Return what splitting needs to know of the transformer. kernels: what computes its ops, None: the reference."""
 
     def build(stage: StagePlan) -> nn.Module:
         model = build_model(config, seed)
         model.keep_stage(stage.layers, stage.first, stage.last)
+        apply_kernels(model, kernels or Kernels())
         return model
 
     def initialise(shard: LocalShard) -> None:

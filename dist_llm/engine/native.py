@@ -20,6 +20,7 @@ from torch import Tensor
 from dist_llm.accounting.params import padded_vocab
 from dist_llm.accounting.stages import plan_stages
 from dist_llm.config.run import RunConfig
+from dist_llm.engine.kernels import kernels_for
 from dist_llm.engine.loss_scale import LossScale
 from dist_llm.engine.model import splittable
 from dist_llm.engine.recipe import facts_of, formats_of, local_batch, restore_facts, update_rules
@@ -63,7 +64,7 @@ class NativeEngine:
         self._microbatch_tokens = config.data.microbatch * config.data.seq_len
         self.data_slice = DataSlice(mesh.dp.index, mesh.dp.size)
         self._context = ContextShare(mesh.cp.index, mesh.cp.size)
-        model = model or splittable(config.model, config.run.seed)
+        model = model or splittable(config.model, config.run.seed, kernels_for(config, mesh.device))
         stages = plan_stages(config.model, config.parallel.num_stages)
         self.stages = apply_layout(model, stages, config.parallel, self._formats, mesh)
         self.shards: list[LocalShard] = [shard for stage in self.stages for shard in stage.shards]

@@ -132,6 +132,19 @@ def engines(config: RunConfig) -> Iterator[Finding]:
             yield Finding(label, "ok", dist_llm.__version__, "part of dist_llm", needed)
 
 
+def kernels(config: RunConfig) -> Iterator[Finding]:
+    """Check the library of compiled kernels; it is loaded."""
+    from dist_llm.ops.native import native_library
+
+    library, needed = native_library(), config.kernels.required
+    if library.problem is None:
+        cuda = f" and CUDA ({library.cuda})" if library.cuda else ""
+        note = f"for CPU ({library.isa}){cuda}, built by {library.compiler}: {library.path}"
+        yield Finding("native kernels", "ok", None, note, needed)
+    else:
+        yield Finding("native kernels", "missing" if library.path is None else "wrong", None, library.problem, needed)
+
+
 def extensions(config: RunConfig) -> Iterator[Finding]:
     """Check the other optional packages."""
     needed = {"transformer-engine": config.engine.fp8 != "none", "wandb": config.telemetry.wandb}
@@ -239,6 +252,7 @@ CHECKS: tuple[Check, ...] = (
     cores,
     backends,
     engines,
+    kernels,
     extensions,
     compilers,
     inductor,

@@ -1,18 +1,21 @@
-"""The two norms, by config name."""
+"""The two norms, by config name, alone or with the sum of a residual before them."""
 
 from __future__ import annotations
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
 
 from dist_llm.config.model import ModelConfig
-from dist_llm.ops.rms_norm import rms_norm
+from dist_llm.ops.layer_norm import add_layer_norm, layer_norm
+from dist_llm.ops.registry import Kernels
+from dist_llm.ops.rms_norm import add_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
     """y = x / rms(x) * weight over the last dim."""
+
+    kernels = Kernels()
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -21,11 +24,19 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
         """Normalise the last dim of x."""
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, self.kernels.rms_norm)
+
+    def add(
+        self, x: Float[Tensor, "*rows width"], residual: Float[Tensor, "*rows width"]
+    ) -> tuple[Float[Tensor, "*rows width"], Float[Tensor, "*rows width"]]:
+        """Return the norm of x + residual, and that sum."""
+        return add_rms_norm(x, residual, self.weight, self.eps, self.kernels.rms_norm)
 
 
 class LayerNorm(nn.Module):
     """y = (x - mean) / std * weight (+ bias) over the last dim (Ba et al. 2016)."""
+
+    kernels = Kernels()
 
     def __init__(self, width: int, eps: float, bias: bool) -> None:
         super().__init__()
@@ -35,11 +46,30 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
         """Normalise the last dim of x."""
-        return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        return layer_norm(x, self.weight, self.bias, self.eps, self.kernels.layer_norm)
+
+    def add(
+        self, x: Float[Tensor, "*rows width"], residual: Float[Tensor, "*rows width"]
+    ) -> tuple[Float[Tensor, "*rows width"], Float[Tensor, "*rows width"]]:
+        """Return the norm of x + residual, and that sum."""
+        return add_layer_norm(x, residual, (self.weight, self.bias), self.eps, self.kernels.layer_norm)
 
 
-def build_norm(config: ModelConfig, width: int) -> nn.Module:
+Norm = RMSNorm | LayerNorm
+
+
+def build_norm(config: ModelConfig, width: int) -> Norm:
     """Return the configured norm over `width` features."""
     if config.norm == "rmsnorm":
         return RMSNorm(width, config.norm_eps)
     return LayerNorm(width, config.norm_eps, config.bias)
+
+
+def add_and_norm(
+    norm: Norm, x: Float[Tensor, "*rows width"], residual: Float[Tensor, "*rows width"]
+) -> tuple[Float[Tensor, "*rows width"], Float[Tensor, "*rows width"]]:
+    """Return the norm of x + residual and that sum, in one pass unless the norm's forward was replaced (recompute)."""
+    if "forward" in vars(norm):
+        total = x + residual
+        return norm(total), total
+    return norm.add(x, residual)

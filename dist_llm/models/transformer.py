@@ -19,7 +19,7 @@ from dist_llm.models.attention import Attention
 from dist_llm.models.dropout import Dropout
 from dist_llm.models.mlp import MLP
 from dist_llm.models.moe import MoE, Tally
-from dist_llm.models.norm import build_norm
+from dist_llm.models.norm import add_and_norm, build_norm
 from dist_llm.models.rope import RopeTable
 from dist_llm.ops.causal_attention import Attend, CausalAttention
 from dist_llm.ops.context_share import ContextShare
@@ -85,11 +85,11 @@ class Block(nn.Module):
     ) -> Float[Tensor, "batch seq width"]:
         """Map hidden states; mask: of the attention, None: plain causal."""
         if self.post_norm:
-            x = self.attention_norm(x + self.attention_dropout(self.attention(x, mask), samples))
-            out: Tensor = self.mlp_norm(x + self.mlp_dropout(self.mlp(x), samples))
-            return out
-        x = x + self.attention_dropout(self.attention(self.attention_norm(x), mask), samples)
-        out = x + self.mlp_dropout(self.mlp(self.mlp_norm(x)), samples)
+            x, _ = add_and_norm(self.attention_norm, x, self.attention_dropout(self.attention(x, mask), samples))
+            return add_and_norm(self.mlp_norm, x, self.mlp_dropout(self.mlp(x), samples))[0]
+        attended = self.attention_dropout(self.attention(self.attention_norm(x), mask), samples)
+        normed, x = add_and_norm(self.mlp_norm, x, attended)
+        out: Tensor = x + self.mlp_dropout(self.mlp(normed), samples)
         return out
 
 

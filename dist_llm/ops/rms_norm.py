@@ -2,6 +2,7 @@
 
 A hand-written backward keeps one [rows] vector instead of the decomposed graph:
     dx = (dy*w - x * rstd^2 * mean(dy*w*x)) * rstd
+With a residual the sum is normed, as rounded to the format of x; both are returned. Kernels: kernels/rms_norm.
 """
 
 from __future__ import annotations
@@ -12,16 +13,33 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dist_llm.ops.autograd import dense_like, register_last, register_op, row_numbers
+
+NATIVE_OPS = ("rms_norm", "add_rms_norm", "rms_norm_backward")
+
 
 def _wide(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def _rstd(x: Float[Tensor, "*rows width"], eps: float) -> Float[Tensor, "*rows 1"]:
+    return torch.rsqrt(_wide(x).square().mean(-1, keepdim=True) + eps)
+
+
+def _gradients(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    wide, grad = _wide(x), _wide(grad)
+    normed = wide * rstd
+    scaled = grad * weight
+    grad_x = (scaled - normed * (scaled * normed).mean(-1, keepdim=True)) * rstd
+    grad_weight = (grad * normed).flatten(0, -2).sum(0)
+    return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = _wide(x)
-        rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        wide, rstd = _wide(x), _rstd(x, eps)
+        ctx.eps = eps
         ctx.save_for_backward(x, weight, rstd)
         out = (wide * rstd) * weight
         # Compiled by torch 2.11, an output that went through a cast to its own format has wrong gradients.
@@ -30,17 +48,82 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, rstd = ctx.saved_tensors
-        wide, grad = _wide(x), _wide(grads[0])
-        normed = wide * rstd
-        scaled = grad * weight
-        grad_x = (scaled - normed * (scaled * normed).mean(-1, keepdim=True)) * rstd
-        grad_weight = (grad * normed).flatten(0, -2).sum(0)
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # to be differentiated again: rstd is of x
+            rstd = _rstd(x, ctx.eps)
+        return *_gradients(grads[0], x, weight, rstd), None
 
 
 def rms_norm(
-    x: Float[Tensor, "*rows width"], weight: Float[Tensor, " width"], eps: float
+    x: Float[Tensor, "*rows width"], weight: Float[Tensor, " width"], eps: float, backend: str = "reference"
 ) -> Float[Tensor, "*rows width"]:
-    """Normalise the last dim of x by its root mean square and scale it by weight."""
-    out: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    """Normalise the last dim of x by its root mean square and scale it by weight; result in x's format."""
+    out: Tensor
+    if backend == "native":
+        out = torch.ops.dist_llm.rms_norm(x, weight, eps)[0]
+    else:
+        out = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return out
+
+
+def add_rms_norm(
+    x: Float[Tensor, "*rows width"],
+    residual: Float[Tensor, "*rows width"],
+    weight: Float[Tensor, " width"],
+    eps: float,
+    backend: str = "reference",
+) -> tuple[Float[Tensor, "*rows width"], Float[Tensor, "*rows width"]]:
+    """Return the norm of x + residual, and that sum; both in x's format."""
+    if backend == "native":
+        normed, total, _ = torch.ops.dist_llm.add_rms_norm(x, residual, weight, eps)
+        return normed, total
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def _native_gradients(
+    grad: Tensor | None, grad_total: Tensor | None, x: Tensor, weight: Tensor, saved: tuple[Tensor, float]
+) -> tuple[Tensor | None, Tensor | None]:
+    rstd, eps = saved
+    if grad is None:
+        return grad_total, None
+    if torch.is_grad_enabled():  # the gradient is itself differentiated: of operations that can be
+        grad_x, grad_weight = _gradients(grad, x, weight, _rstd(x, eps))
+        return grad_x if grad_total is None else grad_x + grad_total, grad_weight
+    out: tuple[Tensor, Tensor] = torch.ops.dist_llm.rms_norm_backward(grad, grad_total, x, weight, rstd)
+    return out
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, ctx.eps = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, weight, output[1])
+
+
+def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    x, weight, rstd = ctx.saved_tensors
+    return *_native_gradients(grad, None, x, weight, (rstd, ctx.eps)), None
+
+
+def _keep_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, _, weight, ctx.eps = inputs
+    _, total, rstd = output
+    ctx.mark_non_differentiable(rstd)
+    ctx.save_for_backward(total, weight, rstd)
+
+
+def _backward_total(ctx: Any, grad: Tensor | None, grad_total: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    total, weight, rstd = ctx.saved_tensors
+    grad_x, grad_weight = _native_gradients(grad, grad_total, total, weight, (rstd, ctx.eps))
+    return grad_x, grad_x, grad_weight, None
+
+
+def register_native() -> None:
+    """Tell torch the shapes and gradients of the library's ops; once, after it was loaded."""
+    register_op("rms_norm", lambda x, weight, eps: (dense_like(x), row_numbers(x)), _keep, _backward)
+    register_op(
+        "add_rms_norm",
+        lambda x, residual, weight, eps: (dense_like(x), dense_like(x), row_numbers(x)),
+        _keep_total,
+        _backward_total,
+    )
+    register_last("rms_norm_backward", lambda grad, more, x, weight, rstd: (dense_like(x), dense_like(weight)))

@@ -1,0 +1,23 @@
+"""Which implementation computes each operation, where there is a choice."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from dist_llm.config.base import Section
+
+Norm = Literal["auto", "reference", "native"]
+
+
+class KernelsConfig(Section):
+    """What computes an operation: reference: PyTorch; native: the compiled library (CPU; fp32, bf16 and fp16).
+
+    auto takes the fastest that was measured for the device and is to be had for it and the precision.
+    """
+
+    required: bool = False
+    """Refuse to start where something else would have to compute than what was named, or than auto would prefer."""
+    rms_norm: Norm = "auto"
+    """RMSNorm, alone and with the sum of the residual before it."""
+    layer_norm: Norm = "auto"
+    """LayerNorm, alone and with the sum of the residual before it."""

@@ -1,0 +1,116 @@
+"""Every op with a choice of backends: how it is called, and inputs of every kind that it must take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dist_llm.ops.layer_norm import add_layer_norm, layer_norm
+from dist_llm.ops.registry import NATIVE, NATIVE_OPS, REFERENCE, native_problem
+from dist_llm.ops.rms_norm import add_rms_norm, rms_norm
+
+EPS = 1e-5
+Inputs = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op as a function of (backend, inputs) that returns tensors; raw: its native op and the arguments for that.
+
+    inputs: of rows of a shape in a format, weights in another.
+    """
+
+    name: str
+    op: str
+    call: Callable[[str, Inputs], tuple[Tensor, ...]]
+    inputs: Callable[[tuple[int, ...], torch.dtype, torch.dtype], Inputs]
+    raw: Callable[[Inputs], tuple[object, ...]]
+    native: str = ""
+
+    def native_op(self) -> object:
+        """Return the native op, to be checked by itself."""
+        return getattr(torch.ops.dist_llm, self.native or self.name).default
+
+
+def _rows(count: int) -> Callable[[tuple[int, ...], torch.dtype, torch.dtype], Inputs]:
+    """Return what makes so many inputs of rows, then a weight and a bias."""
+
+    def make(shape: tuple[int, ...], dtype: torch.dtype, weights: torch.dtype) -> Inputs:
+        generator = torch.Generator().manual_seed(sum(shape) + 7 * count)
+        wide = [torch.randn(shape, generator=generator) * 2 + 0.5 for _ in range(count)]
+        weight, bias = 1 + 0.2 * torch.randn(2, shape[-1], generator=generator)
+        return *(x.to(dtype) for x in wide), weight.to(weights), bias.to(weights)
+
+    return make
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case(
+            "rms_norm",
+            "rms_norm",
+            lambda backend, i: (rms_norm(i[0], i[1], EPS, backend),),
+            _rows(1),
+            lambda i: (i[0], i[1], EPS),
+        ),
+        Case(
+            "add_rms_norm",
+            "rms_norm",
+            lambda backend, i: add_rms_norm(i[0], i[1], i[2], EPS, backend),
+            _rows(2),
+            lambda i: (i[0], i[1], i[2], EPS),
+        ),
+        Case(
+            "layer_norm",
+            "layer_norm",
+            lambda backend, i: (layer_norm(i[0], i[1], i[2], EPS, backend),),
+            _rows(1),
+            lambda i: (i[0], i[1], i[2], EPS),
+        ),
+        Case(
+            "layer_norm_without_bias",
+            "layer_norm",
+            lambda backend, i: (layer_norm(i[0], i[1], None, EPS, backend),),
+            _rows(1),
+            lambda i: (i[0], i[1], None, EPS),
+            "layer_norm",
+        ),
+        Case(
+            "add_layer_norm",
+            "layer_norm",
+            lambda backend, i: add_layer_norm(i[0], i[1], (i[2], i[3]), EPS, backend),
+            _rows(2),
+            lambda i: (i[0], i[1], i[2], i[3], EPS),
+        ),
+    )
+}
+
+
+def backends_of(op: str) -> list[str]:
+    """Return what can compute an op here beside the reference."""
+    return [NATIVE] if native_problem(op) is None else []
+
+
+def why_none() -> str:
+    """Say why no backend but the reference loads here."""
+    return "; ".join(dict.fromkeys(filter(None, (native_problem(op) for op in NATIVE_OPS))))
+
+
+def truth(case: Case, inputs: Inputs) -> Inputs:
+    """Return the reference's outputs and gradients in fp64, of inputs as their formats hold them."""
+    return with_gradients(case, REFERENCE, tuple(x.double() if x.is_floating_point() else x for x in inputs))
+
+
+def with_gradients(case: Case, backend: str, inputs: Inputs) -> Inputs:
+    """Return outputs and the gradients of all inputs, of a fixed random function of the outputs."""
+    leaves = [x.detach().requires_grad_() if x.is_floating_point() else x for x in inputs]
+    outputs = case.call(backend, tuple(leaves))
+    generator = torch.Generator().manual_seed(1)
+    pulls = [torch.randn(out.shape, generator=generator).to(torch.bfloat16).to(out.dtype) for out in outputs]
+    wanted = [x for x in leaves if x.requires_grad]
+    grads = torch.autograd.grad(outputs, wanted, pulls, allow_unused=True)
+    return *(out.detach() for out in outputs), *(grad for grad in grads if grad is not None)

@@ -1,0 +1,170 @@
+"""Every backend that loads here computes what the reference does, in every format and shape, the same each time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from dist_llm.ops.registry import NATIVE, REFERENCE
+from tests.kernels.cases import CASES, EPS, Inputs, backends_of, truth, why_none, with_gradients
+
+FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WITHIN = {"fp32": 3e-6, "bf16": 1.2e-2, "fp16": 1.5e-3}
+"""Relative to the largest entry of a tensor: a few roundings of the format."""
+SHAPES = ((3, 64), (2, 5, 385), (7, 3), (1, 4096), (33, 17))
+
+PAIRS = [(name, backend) for name, case in CASES.items() for backend in backends_of(case.op)]
+pytestmark = pytest.mark.skipif(not PAIRS, reason=f"kernels: only the reference is here: {why_none()}")
+every_pair = pytest.mark.parametrize(("name", "backend"), PAIRS)
+
+
+def assert_near(found: Inputs, wanted: Inputs, tolerance: float) -> None:
+    assert len(found) == len(wanted)
+    for index, (one, other) in enumerate(zip(found, wanted, strict=True)):
+        assert one.shape == other.shape
+        gap = (one.double() - other).abs().max().item() if one.numel() else 0.0
+        size = other.abs().max().item() if one.numel() else 1.0
+        assert gap <= tolerance * max(size, 1e-3), f"tensor {index}: {gap:.2e} of {size:.2e}"
+
+
+@every_pair
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("precision", FORMATS)
+def test_a_backend_is_the_reference(name: str, backend: str, shape: tuple[int, ...], precision: str) -> None:
+    case, dtype = CASES[name], FORMATS[precision]
+    for weights in {dtype, torch.float32}:
+        inputs = case.inputs(shape, dtype, weights)
+        outputs = with_gradients(case, backend, inputs)
+        assert outputs[0].dtype == dtype
+        assert_near(outputs, truth(case, inputs), WITHIN[precision])
+
+
+@every_pair
+def test_no_rows(name: str, backend: str) -> None:
+    inputs = CASES[name].inputs((0, 3, 24), torch.float32, torch.float32)
+    for found, wanted in zip(
+        with_gradients(CASES[name], backend, inputs), with_gradients(CASES[name], REFERENCE, inputs), strict=True
+    ):
+        assert torch.equal(found, wanted)
+
+
+@every_pair
+def test_gaps_between_elements(name: str, backend: str) -> None:
+    """Transposed and strided inputs give what their dense copies do, bit for bit."""
+    case = CASES[name]
+    dense = case.inputs((6, 5, 24), torch.float32, torch.float32)
+
+    def spread(x: Tensor) -> Tensor:
+        wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), torch.nan)
+        wide[..., ::2] = x
+        return wide[..., ::2] if x.dim() == 1 else wide.transpose(0, 1).contiguous().transpose(0, 1)[..., ::2]
+
+    spaced = tuple(map(spread, dense))
+    assert not any(x.is_contiguous() for x in spaced)
+    for found, wanted in zip(with_gradients(case, backend, spaced), with_gradients(case, backend, dense), strict=True):
+        assert torch.equal(found, wanted)
+
+
+@every_pair
+def test_large_rows(name: str, backend: str) -> None:
+    """A row of 2^20 numbers: sums in one fp32 accumulator would lose digits."""
+    inputs = CASES[name].inputs((2, 1 << 20), torch.float32, torch.float32)
+    assert_near(with_gradients(CASES[name], backend, inputs), truth(CASES[name], inputs), 1e-5)
+
+
+@every_pair
+def test_a_number_that_is_none_stays_none(name: str, backend: str) -> None:
+    inputs = CASES[name].inputs((4, 40), torch.float32, torch.float32)
+    inputs[0][1, 3] = torch.nan
+    found = CASES[name].call(backend, inputs)[0]
+    wanted = CASES[name].call(REFERENCE, inputs)[0]
+    assert torch.equal(found.isnan(), wanted.isnan())
+
+
+@every_pair
+def test_any_number_of_threads_gives_the_same_bits(name: str, backend: str) -> None:
+    inputs = CASES[name].inputs((301, 96), torch.float32, torch.float32)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = with_gradients(CASES[name], backend, inputs)
+        torch.set_num_threads(2)
+        two = with_gradients(CASES[name], backend, inputs)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(x, y) for x, y in zip(one, two, strict=True))
+
+
+@every_pair
+def test_second_gradients(name: str, backend: str) -> None:
+    """The gradient of a gradient is the reference's, in fp32 as close as two differences allow."""
+    case = CASES[name]
+
+    def twice(which: str, inputs: Inputs) -> Inputs:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        used = [leaf for leaf in leaves if leaf.numel()]
+        out = sum((x**3).sum() for x in case.call(which, tuple(leaves)))
+        first = torch.autograd.grad(out, used, create_graph=True, allow_unused=True)
+        second = sum((grad**2).sum() for grad in first if grad is not None)
+        return tuple(g for g in torch.autograd.grad(second, used, allow_unused=True) if g is not None)
+
+    inputs = case.inputs((3, 9), torch.float32, torch.float32)
+    assert_near(twice(backend, inputs), twice(REFERENCE, tuple(x.double() for x in inputs)), 2e-5)
+
+
+@every_pair
+def test_torch_knows_the_op(name: str, backend: str) -> None:
+    """Schema, shapes without values and gradients are what torch.library.opcheck holds true."""
+    if backend != NATIVE:
+        pytest.skip(f"{backend} is no registered op")
+    case = CASES[name]
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = tuple(x.requires_grad_() for x in case.inputs((4, 24), dtype, torch.float32))
+        torch.library.opcheck(case.native_op(), case.raw(inputs))  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+def test_a_compiled_graph_holds_the_op_whole() -> None:
+    """The op itself: the shape checks around our functions, which tests have, cannot be traced."""
+    case, op = CASES["add_rms_norm"], torch.ops.dist_llm.add_rms_norm
+    inputs = case.inputs((4, 24), torch.float32, torch.float32)
+    whole = torch.compile(lambda x, residual, weight: op(x, residual, weight, EPS)[:2], fullgraph=True)
+    compiled = replace(case, call=lambda backend, i: whole(*i[:3]))
+    pairs = zip(with_gradients(compiled, NATIVE, inputs), with_gradients(case, NATIVE, inputs), strict=True)
+    assert all(torch.equal(found, wanted) for found, wanted in pairs)
+
+
+def test_a_backward_op_has_no_gradient_and_says_so() -> None:
+    x, weight = torch.randn(3, 8, requires_grad=True), torch.ones(8)
+    grad, _ = torch.ops.dist_llm.rms_norm_backward(x, None, x, weight, torch.ones(3))
+    with pytest.raises(NotImplementedError, match="rms_norm_backward has no gradient"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (((3, 4), torch.float64, 4), "x must be float32, bfloat16 or float16, not Double"),
+        (((3, 4), torch.float32, 5), r"weight must be \[4\], not \[5\]"),
+        (((), torch.float32, 1), "x must have at least one dim"),
+    ],
+)
+def test_what_does_not_fit_is_an_error(arguments: tuple[tuple[int, ...], torch.dtype, int], words: str) -> None:
+    shape, dtype, width = arguments
+    for op in ("rms_norm", "add_rms_norm"):
+        x = torch.ones(shape, dtype=dtype)
+        with pytest.raises(RuntimeError, match=words):
+            getattr(torch.ops.dist_llm, op)(*[x] * (1 + (op == "add_rms_norm")), torch.ones(width), 1e-5)
+
+
+def test_tensors_that_disagree_are_an_error() -> None:
+    x, weight = torch.ones(3, 4), torch.ones(4)
+    with pytest.raises(RuntimeError, match=r"residual and x must have one shape, not \[2, 4\] and \[3, 4\]"):
+        torch.ops.dist_llm.add_rms_norm(x, x[:2], weight, 1e-5)
+    with pytest.raises(RuntimeError, match="residual and x must have one dtype, not BFloat16 and Float"):
+        torch.ops.dist_llm.add_rms_norm(x, x.bfloat16(), weight, 1e-5)
+    with pytest.raises(RuntimeError, match="rstd must be float32 and have a number for each row"):
+        torch.ops.dist_llm.rms_norm_backward(x, None, x, weight, torch.ones(2))

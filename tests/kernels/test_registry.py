@@ -1,0 +1,146 @@
+"""What is asked for and what is to be had decide what computes an op; what is of no use is named and never fatal."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_llm.config.decode import decode
+from dist_llm.engine.kernels import kernels_for
+from dist_llm.errors import ConfigError, ExitCode
+from dist_llm.models.kernels import apply_kernels
+from dist_llm.models.transformer import Transformer
+from dist_llm.ops import native
+from dist_llm.ops.native import FACTS, LIBRARY, NativeLibrary, native_library, open_library
+from dist_llm.ops.registry import NATIVE, REFERENCE, Kernels, choose_kernels, native_problem
+from tests.parallel.tiny import LLAMA, tiny_config
+
+needs_library = pytest.mark.skipif(
+    native_library().problem is not None, reason=f"kernels: no native library here: {native_library().problem}"
+)
+
+
+def _copy(folder: Path) -> Path:
+    source = Path(native.__file__).parent
+    for name in (LIBRARY, FACTS):
+        shutil.copy(source / name, folder / name)
+    return folder
+
+
+@pytest.fixture
+def without_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dist_llm.ops.registry.native_library", lambda: NativeLibrary("there was no compiler: buy"))
+    native_problem.cache_clear()
+    monkeypatch.setattr("dist_llm.engine.kernels.native_library", lambda: NativeLibrary("there was no compiler"))
+
+
+@needs_library
+def test_the_fastest_is_taken_and_a_wish_is_heard() -> None:
+    assert choose_kernels({}, True, "cpu", torch.float32).kernels == Kernels(rms_norm=NATIVE)
+    chosen = choose_kernels({"rms_norm": "reference", "layer_norm": "native"}, True, "cpu", torch.bfloat16)
+    assert (chosen.kernels.rms_norm, chosen.kernels.layer_norm) == (REFERENCE, NATIVE)
+    assert "native (" in str(chosen)
+    assert choose_kernels({}, True, "cuda", torch.bfloat16).kernels == Kernels()
+
+
+def test_what_no_kernel_computes_falls_back_and_says_why() -> None:
+    chosen = choose_kernels({}, False, "cpu", torch.float64)
+    assert chosen.kernels == Kernels()
+    assert "native kernels compute fp32, bf16 and fp16, not float64" in str(chosen)
+    cuda = choose_kernels({"layer_norm": "native"}, False, "cuda", torch.bfloat16)
+    assert cuda.fallbacks == {"layer_norm": "native layer_norm is for cpu alone, not cuda"}
+
+
+def test_required_makes_a_fallback_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"kernels.rms_norm=auto cannot be had: native kernels compute") as caught:
+        choose_kernels({}, True, "cpu", torch.float64)
+    assert caught.value.exit_code == ExitCode.CONFIG
+    assert [violation.key for violation in caught.value.violations] == ["kernels.rms_norm"]
+
+
+@pytest.mark.usefixtures("without_library")
+def test_without_a_library_the_reference_computes_and_one_warning_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    config = tiny_config(None, LLAMA)
+    logging.getLogger("dist_llm").propagate = True
+    with caplog.at_level(logging.INFO, "dist_llm"):
+        for _ in range(2):
+            assert kernels_for(config, torch.device("cpu")) == Kernels()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "there was no compiler: buy" in caplog.text
+    required = config.model_copy(update={"kernels": config.kernels.model_copy(update={"required": True})})
+    with pytest.raises(ConfigError, match=r"kernels.rms_norm=auto cannot be had: there is no native library"):
+        kernels_for(required, torch.device("cpu"))
+    native_problem.cache_clear()
+
+
+def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
+    tree = tiny_config(None, LLAMA).model_dump(mode="json")
+    tree["kernels"] = {"rms_norm": "triton"}
+    with pytest.raises(ConfigError, match=r"kernels.rms_norm=triton.*use auto, reference or native"):
+        decode(tree)
+
+
+def test_every_module_of_a_model_takes_the_choice() -> None:
+    model = Transformer(tiny_config(None, {**LLAMA, "qk_norm": True}).model)
+    apply_kernels(model, Kernels(rms_norm="native"))
+    norms = [module for name, module in model.named_modules() if name.endswith("norm")]
+    assert len(norms) > 4
+    assert all(norm.kernels.rms_norm == "native" for norm in norms)
+
+
+@needs_library
+def test_a_damaged_library_is_not_loaded(tmp_path: Path) -> None:
+    library = _copy(tmp_path) / LIBRARY
+    whole = library.read_bytes()
+    for damage in (whole[: len(whole) // 2], whole[:5000] + b"\xff" + whole[5001:], b""):
+        library.write_bytes(damage)
+        assert "is damaged (its checksum is another" in str(open_library(tmp_path).problem)
+    library.unlink()
+    assert "holds no whole build (FileNotFoundError" in str(open_library(tmp_path).problem)
+    (tmp_path / FACTS).write_text("{")
+    assert "holds no whole build (JSONDecodeError" in str(open_library(tmp_path).problem)
+
+
+@needs_library
+def test_a_library_that_torch_cannot_load_is_named(tmp_path: Path) -> None:
+    """As with a torch that lacks a symbol: the checksum is right, and the loader refuses."""
+    import hashlib
+
+    _copy(tmp_path)
+    (tmp_path / LIBRARY).write_bytes(b"\x7fELF no library of this machine")
+    facts = json.loads((tmp_path / FACTS).read_text())
+    facts["sha256"] = hashlib.sha256((tmp_path / LIBRARY).read_bytes()).hexdigest()
+    (tmp_path / FACTS).write_text(json.dumps(facts))
+    problem = str(open_library(tmp_path).problem)
+    assert f"torch {torch.__version__} cannot load {tmp_path / LIBRARY} (" in problem
+
+
+def test_a_build_without_a_compiler_says_so(tmp_path: Path) -> None:
+    assert "none is installed: pip install" in str(open_library(tmp_path).problem)
+    (tmp_path / FACTS).write_text('{"built": false, "reason": "no C++ compiler"}')
+    assert str(open_library(tmp_path).problem).startswith("there was no C++ compiler: pip install")
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512", "sse9"])
+def test_every_instruction_set_computes_the_same(isa: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own, since the set is picked once. One that the processor lacks is refused by name."""
+    program = (
+        "from dist_llm.ops.native import native_library; from tests.kernels.every_isa import largest_gap;"
+        "l = native_library(); print(l.isa, largest_gap() if l.problem is None else l.problem)"
+    )
+    monkeypatch.setenv("DIST_LLM_CPU_ISA", isa)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    name, _, rest = done.stdout.strip().partition(" ")
+    if name == isa:
+        assert float(rest) <= 1.0
+    else:
+        assert f"DIST_LLM_CPU_ISA={isa} must be one that this processor has: base" in done.stdout
+        assert isa != "base"
