@@ -33,6 +33,6 @@ ENGINE_LOSS = 2e-5
 ENGINE_NORM = 1e-4
 """The same of their gradient norms."""
 KERNEL_ULPS = 2
-"""Steps of its format that an element of a kernel's result may be from the formula's; Triton's interpreter truncates."""
+"""Steps of its format that an element of a kernel's result may be off; Triton's interpreter truncates."""
 KERNEL_SUM = 2e-6
 """What it may differ besides, relative to the largest element: the order of fp32 sums."""

@@ -12,7 +12,20 @@ pytest.importorskip("triton", reason="triton: not installed (it is for Linux alo
 import torch
 from torch import Tensor
 
-from dist_llm.ops.triton import layer_norm, rms_norm
+from dist_llm.ops.triton import (
+    adamw,
+    bias_gelu,
+    cross_entropy,
+    gated,
+    layer_norm,
+    moe_permute,
+    rms_norm,
+    rope,
+    softmax,
+    sum_of_squares,
+    top_k_gate,
+    weight_gradient,
+)
 from tests.kernels.ahead_of_time import ARCHITECTURES, REGISTERS, SHARED_BYTES, compile_launch, launches_of
 
 ROWS, WIDTH = 512, 4096
@@ -40,7 +53,87 @@ def _layer_norm(dtype: torch.dtype, width: int = WIDTH) -> None:
     layer_norm.layer_norm_backward(x, x, x, weight, rstd, rstd)
 
 
-OPS: dict[str, Callable[[torch.dtype], None]] = {"rms_norm": _rms_norm, "layer_norm": _layer_norm}
+def _gated(dtype: torch.dtype) -> None:
+    x = _meta(ROWS, WIDTH, dtype=dtype)
+    gated.swiglu(x, x)
+    gated.swiglu_backward(x, x, x)
+    gated.geglu(x, x)
+    gated.geglu_backward(x, x, x)
+
+
+def _bias_gelu(dtype: torch.dtype) -> None:
+    x, bias = _meta(ROWS, WIDTH, dtype=dtype), _meta(WIDTH)
+    bias_gelu.bias_gelu(x, bias)
+    bias_gelu.bias_gelu_backward(x, x, bias)
+
+
+def _rope(dtype: torch.dtype) -> None:
+    q, k, table = _meta(2, ROWS, 32, 128, dtype=dtype), _meta(2, ROWS, 8, 128, dtype=dtype), _meta(ROWS, 64)
+    rope.rope_(q, k, table, table)
+    rope.rope_(q, k, table, table, inverse=True)
+
+
+def _softmax(dtype: torch.dtype) -> None:
+    x, mask = _meta(2, 4, 2048, 2048, dtype=dtype), _meta(2, 1, 2048, 2048, dtype=torch.bool)
+    softmax.scaled_masked_softmax(x, None, 0.1, causal=True)
+    softmax.scaled_masked_softmax(x, mask, 0.1, causal=False)
+    softmax.scaled_masked_softmax_backward(x, x, 0.1)
+
+
+def _cross_entropy(dtype: torch.dtype) -> None:
+    logits, targets, lse = _meta(ROWS, 128256, dtype=dtype), _meta(ROWS, dtype=torch.int64), _meta(ROWS)
+    whole = cross_entropy.Vocabulary(0, 128256, 128256)
+    cross_entropy.cross_entropy_statistics(logits, targets, whole)
+    cross_entropy.cross_entropy_gradient_(logits, targets, lse, _meta(), whole, 0.1, 1e-4)
+
+
+def _adamw(dtype: torch.dtype) -> None:
+    state, narrow = _meta(1 << 20), _meta(1 << 20, dtype=torch.bfloat16)
+    rule = adamw.Rule(0.9, 0.95, 1e-8, 0.1)
+    adamw.adamw_flat_(state, (state, state), _meta(1 << 20, dtype=dtype), narrow, _meta(6), rule)
+
+
+def _sum_of_squares(dtype: torch.dtype) -> None:
+    sum_of_squares.sum_of_squares(_meta(1 << 20, dtype=dtype))
+
+
+def _weight_gradient(dtype: torch.dtype) -> None:
+    narrow = torch.float16 if dtype == torch.float32 else dtype
+    x = _meta(ROWS, WIDTH, dtype=narrow)
+    weight_gradient.add_weight_gradient(_meta(WIDTH, WIDTH), x, x)
+
+
+def _moe_permute(dtype: torch.dtype) -> None:
+    x, there = _meta(ROWS, WIDTH, dtype=dtype), _meta(2 * ROWS, WIDTH, dtype=dtype)
+    rows, places, weights = _meta(2 * ROWS, dtype=torch.int64), _meta(ROWS, 2, dtype=torch.int64), _meta(ROWS, 2)
+    moe_permute.moe_permute(x, rows, 2)
+    moe_permute.moe_permute_backward(there, places)
+    moe_permute.moe_unpermute(there, weights, places)
+    moe_permute.moe_unpermute_backward(x, there, weights, rows)
+
+
+def _top_k_gate(_: torch.dtype) -> None:
+    logits, bias, grad, chosen = _meta(ROWS, 64), _meta(64), _meta(ROWS, 8), _meta(ROWS, 8, dtype=torch.int64)
+    for sigmoid in (False, True):
+        gate = top_k_gate.Gate(8, sigmoid, True, 1.0)
+        top_k_gate.top_k_gate(logits, bias, gate)
+        top_k_gate.top_k_gate_backward(grad, logits, chosen, gate)
+
+
+OPS: dict[str, Callable[[torch.dtype], None]] = {
+    "rms_norm": _rms_norm,
+    "layer_norm": _layer_norm,
+    "gated": _gated,
+    "bias_gelu": _bias_gelu,
+    "rope": _rope,
+    "softmax": _softmax,
+    "cross_entropy": _cross_entropy,
+    "adamw": _adamw,
+    "sum_of_squares": _sum_of_squares,
+    "weight_gradient": _weight_gradient,
+    "moe_permute": _moe_permute,
+    "top_k_gate": _top_k_gate,
+}
 WIDEST: dict[str, Callable[[torch.dtype], None]] = {
     "rms_norm": lambda dtype: _rms_norm(dtype, 8192),
     "layer_norm": lambda dtype: _layer_norm(dtype, 8192),

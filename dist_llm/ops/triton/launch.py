@@ -46,3 +46,12 @@ def rows_of(x: Float[Tensor, "*rows width"]) -> int:
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     """Return a block in which x's device is current: triton launches on the current one, whatever its arguments say."""
     return nullcontext() if x.device.type != "cuda" else torch.accelerator.device_index(x.device.index)
+
+
+FLAT_BLOCK, FLAT_WARPS = 2048, 4
+"""What a program of an elementwise kernel takes, and its warps."""
+
+
+def flat_grid(count: int) -> tuple[int]:
+    """Return the grid of an elementwise kernel over so many elements."""
+    return (triton.cdiv(count, FLAT_BLOCK),)
