@@ -56,10 +56,11 @@ class Compiled:
         return -(-self.registers // 8) * 8 * _WARP * self.warps
 
     @property
-    def wide_share(self) -> float:
-        """Of the bytes that instructions read or write in global memory, those of 128-bit ones."""
-        sizes = [int(count or 1) * int(bits) // 8 for _, count, bits in _ACCESS.findall(self.ptx)]
-        return sum(size for size in sizes if size >= 16) / max(1, sum(sizes))
+    def accesses(self) -> tuple[int, int]:
+        """Instructions that read or write global memory: 128 bits wide or wider, and narrower."""
+        widths = [int(count or 1) * int(bits) for _, count, bits in _ACCESS.findall(self.ptx)]
+        wide = sum(width >= 128 for width in widths)
+        return wide, len(widths) - wide
 
 
 @contextmanager

@@ -56,15 +56,16 @@ def _spread(outputs, inputs, rows, width, TOP_K: tl.constexpr, BLOCK: tl.constex
     grad_in, x_in, weights = inputs
     stride = tl.cast(width, tl.int64)
     lane = tl.arange(0, BLOCK)
-    choice = tl.load(rows + tl.program_id(0))
-    grad_row, row = choice // TOP_K * stride, tl.program_id(0) * stride
+    choice = tl.load(rows + tl.program_id(0)).to(tl.int32)
+    grad_row = grad_in + choice // TOP_K * stride
+    x_row, grad_x_row = x_in + tl.program_id(0) * stride, grad_x_out + tl.program_id(0) * stride
     weight = tl.load(weights + choice)
     dot = tl.zeros([BLOCK], tl.float32)
     for first in range(0, width, BLOCK):
         column = first + lane
-        grad = tl.load(grad_in + grad_row + column, mask=column < width, other=0.0).to(tl.float32)
-        dot += grad * tl.load(x_in + row + column, mask=column < width, other=0.0).to(tl.float32)
-        tl.store(grad_x_out + row + column, (grad * weight).to(grad_x_out.dtype.element_ty), mask=column < width)
+        grad = tl.load(grad_row + column, mask=column < width, other=0.0).to(tl.float32)
+        dot += grad * tl.load(x_row + column, mask=column < width, other=0.0).to(tl.float32)
+        tl.store(grad_x_row + column, (grad * weight).to(grad_x_out.dtype.element_ty), mask=column < width)
     tl.store(grad_weights_out + choice, tl.sum(dot, 0))
 
 
@@ -124,6 +125,6 @@ def moe_unpermute_backward(
         with on_device_of(x):
             inputs = (grad, x, weights.contiguous())
             _spread[(len(rows),)](
-                outputs, inputs, rows.contiguous(), width, TOP_K=top_k, BLOCK=FLAT_BLOCK, num_warps=FLAT_WARPS
+                outputs, inputs, rows.contiguous(), width, TOP_K=top_k, BLOCK=FLAT_BLOCK, num_warps=2 * FLAT_WARPS
             )
     return outputs

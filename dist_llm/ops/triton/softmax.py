@@ -32,17 +32,22 @@ def _forward(tensors, mask_strides, sizes, scale, CAUSAL: tl.constexpr, BLOCK: t
     here = column < keys
     seen = here
     if CAUSAL:
-        seen = here & (column <= query + keys - queries)
+        # Read in sixteens: a mask that ends anywhere would make every load a scalar one.
+        last = query + keys - queries
+        here = here & (column < (last // 16 + 1) * 16)
+        seen = here & (column <= last)
     if mask_in is not None:
         of_batch, of_head, of_query = mask_strides
         sample, head = row // (heads * queries), (row // queries) % heads
         mask_row = sample * tl.cast(of_batch, tl.int64) + head * tl.cast(of_head, tl.int64) + query * of_query
-        seen = seen & (tl.load(mask_in + mask_row + column, mask=seen, other=0) != 0)
-    x = tl.load(x_in + start + column, mask=seen, other=-float("inf")).to(tl.float32) * scale
+        seen = seen & (tl.load(mask_in + mask_row + column, mask=here, other=0) != 0)
+    x = tl.where(seen, tl.load(x_in + start + column, mask=here, other=0.0).to(tl.float32) * scale, -float("inf"))
     top = tl.max(x, 0)
     raised = tl.where(seen, tl.exp(x - tl.where(top == -float("inf"), 0.0, top)), 0.0)
     total = tl.sum(raised, 0)
-    tl.store(out + start + column, (raised / tl.where(total == 0.0, 1.0, total)).to(out.dtype.element_ty), mask=here)
+    tl.store(
+        out + start + column, (raised / tl.where(total == 0.0, 1.0, total)).to(out.dtype.element_ty), mask=column < keys
+    )
 
 
 @triton.jit
