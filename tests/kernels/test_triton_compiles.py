@@ -153,6 +153,7 @@ def _check(call: Callable[[], None], architecture: int, folder: Path) -> None:
         assert (compiled.stack_bytes, compiled.local_bytes) == (0, 0), f"{launch.name} spills registers"
         assert compiled.registers_of_a_program <= REGISTERS, f"{launch.name} cannot be launched"
         assert compiled.shared_bytes <= SHARED_BYTES, f"{launch.name} cannot be launched"
+        assert ".f64" not in compiled.ptx, f"{launch.name} computes in fp64"
         wide, narrow = compiled.accesses
         assert wide, f"{launch.name}: no 128-bit accesses"
         assert narrow <= MORE_NARROW.get(launch.name, NARROW), f"{launch.name}: {narrow} accesses of less than 128 bits"

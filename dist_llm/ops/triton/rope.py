@@ -22,7 +22,8 @@ _PAIRS = 1024
 
 @triton.jit
 @no_type_check
-def _rotate_heads(x, cos, sin, head, strides, heads, half, HALF: tl.constexpr):
+def _rotate_heads(x, tables, head, strides, heads, half, HALF: tl.constexpr):
+    cos, sin = tables
     token_stride, head_stride = strides
     lane = tl.arange(0, HALF)[None, :]
     here = (head < heads)[:, None] & (lane < half)
@@ -49,9 +50,10 @@ def _rotate(tensors, strides, sizes, INVERSE: tl.constexpr, HEADS: tl.constexpr,
     q_programs = tl.cdiv(q_heads, HEADS)
     block = tl.program_id(1)
     if block < q_programs:
-        _rotate_heads(q, cos, sin, block * HEADS + tl.arange(0, HEADS), q_strides, q_heads, half, HALF)
+        _rotate_heads(q, (cos, sin), block * HEADS + tl.arange(0, HEADS), q_strides, q_heads, half, HALF)
     else:
-        _rotate_heads(k, cos, sin, (block - q_programs) * HEADS + tl.arange(0, HEADS), k_strides, k_heads, half, HALF)
+        head = (block - q_programs) * HEADS + tl.arange(0, HEADS)
+        _rotate_heads(k, (cos, sin), head, k_strides, k_heads, half, HALF)
 
 
 def _strides(x: Tensor, name: str) -> tuple[int, int]:

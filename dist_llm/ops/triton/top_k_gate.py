@@ -42,7 +42,7 @@ def _scores(logits, here, SIGMOID: tl.constexpr):
     else:
         top = tl.max(z, 1)
         raised = tl.exp(z - tl.where(top == -float("inf"), 0.0, top)[:, None])
-        score = raised / tl.maximum(tl.sum(raised, 1), 1e-38)[:, None]  # 0, not 0 / 0, where there is no token
+        score = raised / tl.maximum(tl.sum(raised, 1), 1e-30)[:, None]  # 0, not 0 / 0, where there is no token
     return score
 
 
@@ -69,11 +69,11 @@ def _forward(
     if NORMALIZE:
         divisor = tl.zeros([TOKENS], tl.float32)
         unranked = ranked
-        for _ in tl.static_range(TOP_K):
+        for _ in range(TOP_K):
             taken = expert == tl.argmax(unranked, 1)[:, None]
             divisor += tl.sum(tl.where(taken, score, 0.0), 1)
             unranked = tl.where(taken, -float("inf"), unranked)
-    for choice in tl.static_range(TOP_K):
+    for choice in range(TOP_K):
         best = tl.argmax(ranked, 1)
         taken = expert == best[:, None]
         weight = tl.sum(tl.where(taken, score, 0.0), 1) / divisor * scale
@@ -105,15 +105,15 @@ def _backward(
     along = tl.zeros([TOKENS], tl.float32)
     if NORMALIZE:
         divisor = tl.zeros([TOKENS], tl.float32)
-        for choice in tl.static_range(TOP_K):
+        for choice in range(TOP_K):
             taken = expert == tl.load(chosen + token * TOP_K + choice, mask=token < tokens, other=0)[:, None]
             of_choice = tl.sum(tl.where(taken, score, 0.0), 1)
             divisor += of_choice
             along += of_choice * tl.load(grad_in + token * TOP_K + choice, mask=token < tokens, other=0.0)
-        divisor = tl.maximum(divisor, 1e-38)
+        divisor = tl.maximum(divisor, 1e-30)
         along = along / divisor
     slope = tl.zeros([TOKENS, EXPERTS], tl.float32)
-    for choice in tl.static_range(TOP_K):
+    for choice in range(TOP_K):
         taken = expert == tl.load(chosen + token * TOP_K + choice, mask=token < tokens, other=0)[:, None]
         grad = tl.load(grad_in + token * TOP_K + choice, mask=token < tokens, other=0.0)
         slope = tl.where(taken, ((grad - along) / divisor * scale)[:, None], slope)
