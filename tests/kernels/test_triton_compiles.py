@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -78,8 +79,8 @@ def _rope(dtype: torch.dtype) -> None:
     rope.rope_(q, k, table, table, inverse=True)
 
 
-def _softmax(dtype: torch.dtype) -> None:
-    x, mask = _meta(2, 4, 2048, 2048, dtype=dtype), _meta(2, 1, 2048, 2048, dtype=torch.bool)
+def _softmax(dtype: torch.dtype, keys: int = 2048) -> None:
+    x, mask = _meta(2, 4, 2048, keys, dtype=dtype), _meta(2, 1, 2048, keys, dtype=torch.bool)
     softmax.scaled_masked_softmax(x, None, 0.1, causal=True)
     softmax.scaled_masked_softmax(x, mask, 0.1, causal=False)
     softmax.scaled_masked_softmax_backward(x, x, 0.1)
@@ -142,6 +143,7 @@ OPS: dict[str, Callable[[torch.dtype], None]] = {
 WIDEST: dict[str, Callable[[torch.dtype], None]] = {
     "rms_norm": lambda dtype: _rms_norm(dtype, 8192),
     "layer_norm": lambda dtype: _layer_norm(dtype, 8192),
+    "softmax": lambda dtype: _softmax(dtype, 16384),
 }
 
 
@@ -182,14 +184,11 @@ def test_widest_row(op: str, tmp_path: Path) -> None:
 
 
 def test_a_spill_is_seen(tmp_path: Path) -> None:
-    norm = rms_norm
-    norm_limit = norm.WIDEST_NORM
-    norm.WIDEST_NORM = 16384
-    try:
-        with pytest.raises(AssertionError, match=r"rms_norm\._backward spills registers"):
-            _check(lambda: _rms_norm(torch.bfloat16, 16384), 90, tmp_path)
-    finally:
-        norm.WIDEST_NORM = norm_limit
+    with (
+        mock.patch.object(rms_norm, "WIDEST_NORM", 16384),
+        pytest.raises(AssertionError, match=r"rms_norm\._backward spills registers"),
+    ):
+        _check(lambda: _rms_norm(torch.bfloat16, 16384), 90, tmp_path)
 
 
 def test_a_narrow_access_is_seen(tmp_path: Path) -> None:

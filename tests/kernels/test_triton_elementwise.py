@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 
 pytest.importorskip("triton", reason="triton: not installed (it is for Linux alone)")
@@ -152,3 +154,10 @@ def test_adamw_after_an_overflow_changes_nothing() -> None:
 def test_sum_of_squares(count: int, dtype: torch.dtype) -> None:
     x = torch.randn(count).to(dtype)
     check_close(sum_of_squares.sum_of_squares(x), x.double().square().sum())
+
+
+@interpreted
+def test_more_blocks_than_programs_add_up() -> None:
+    x = torch.randn(40000)
+    with mock.patch.object(sum_of_squares, "NUM_PARTS", 4):
+        check_close(sum_of_squares.sum_of_squares(x), x.double().square().sum())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dist_llm.ops.triton import cross_entropy, moe_permute, top_k_gate, weight_gradient
+from dist_llm.ops.triton import column_sum, cross_entropy, moe_permute, top_k_gate, weight_gradient
 from dist_llm.types import IGNORE_INDEX
 from tests.kernels.closeness import check_close
 from tests.kernels.interpreter import interpreted
@@ -28,7 +28,8 @@ def _leaf(x: Tensor) -> Tensor:
 @interpreted
 def test_cross_entropy_of_split_logits(smoothing: float, z_loss: float, ranks: int, dtype: torch.dtype) -> None:
     rows, size, columns = 4, 6000, 6144 // ranks
-    logits = (4 * torch.randn(rows, size)).to(dtype)
+    # The maximum rises from piece to piece, so that what was summed before has to be scaled.
+    logits = (4 * torch.randn(rows, size) + torch.linspace(0, 8, size)).to(dtype)
     targets = torch.tensor([0, IGNORE_INDEX, size - 1, 3071])
     wide = _leaf(logits)
     lse = wide.logsumexp(-1)
@@ -74,6 +75,13 @@ def test_logits_that_the_gradient_cannot_be_written_over_are_refused() -> None:
     share = cross_entropy.Vocabulary(0, 4, 4)
     with pytest.raises(ValueError, match="must be contiguous"):
         cross_entropy.cross_entropy_statistics(torch.randn(4, 2).t(), torch.zeros(2, dtype=torch.int64), share)
+
+
+@interpreted
+def test_column_sum_of_many_parts() -> None:
+    parts = torch.randn(70, 130)
+    check_close(column_sum.column_sum(parts, torch.float32), parts.double().sum(0))
+    check_close(column_sum.column_sum(parts, torch.bfloat16), parts.double().sum(0))
 
 
 @pytest.mark.parametrize("sizes", [(33, 130, 7), (70, 16, 140)], ids=str)
