@@ -32,3 +32,7 @@ ENGINE_LOSS = 2e-5
 """Relative, over 20 steps in fp32: the losses of two engines."""
 ENGINE_NORM = 1e-4
 """The same of their gradient norms."""
+KERNEL_ULPS = 2
+"""Steps of its format that an element of a kernel's result may be off; Triton's interpreter truncates."""
+KERNEL_SUM = 2e-6
+"""What it may differ besides, relative to the largest element: the order of fp32 sums."""

@@ -92,6 +92,7 @@ _ROWS = (
         command="pip install --no-build-isolation flash-attn",
     ),
     Known("mpi4py", "mpi4py", "mpi4py", ("run.py",), ("MPI", "MPI.openmpi", "MPI.mpich"), extra="mpi"),
+    Known("triton", "triton", "Triton", ("runtime/jit.py",), ("_C/libtriton",), extra="triton", oldest=(3, 7, 1)),
     Known("wandb", "wandb", "Weights & Biases", ("sdk/wandb_run.py",), extra="wandb"),
     Known("datatrove", "datatrove", "datatrove", ("pipeline/base.py",), extra="data"),
     Known("lm-eval", "lm_eval", "lm-evaluation-harness", ("evaluator.py",), extra="eval"),

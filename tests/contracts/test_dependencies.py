@@ -19,6 +19,7 @@ OPTIONAL = {
     "transformer_engine": "dist_llm/engine/megatron",
     "apex": "dist_llm/engine/megatron",
     "wandb": "dist_llm/telemetry/wandb.py",
+    "triton": "dist_llm/ops/triton/",
 }
 """Optional packages, and how the names of those files begin that may import them."""
 FOR_TESTS = ("dev", "deepspeed", "megatron")
