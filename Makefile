@@ -93,12 +93,12 @@ $(MADE):
 	@"$(PYTHON)" -m venv --clear .venv || { \
 		echo "setup: $(PYTHON) cannot make virtual environments; install its venv module (Debian: python3-venv)" >&2; \
 		exit 1; }
-	@$(PIP) $(TOOLS)
 	@touch $@
 
 # Build isolation is off so that the build tools too are those of constraints.txt; DeepSpeed's build asks for torch, too.
 $(READY): | $(MADE)
 	@echo "setup: installing torch"
+	@$(PIP) $(TOOLS)
 	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url '$(TORCH_INDEX)') torch
 	@echo "setup: installing dist_llm, the other engines and the tools that check it"
 	@DLLM_CUDA='$(DLLM_CUDA)' $(PIP) $(BUILDS) '.[dev,deepspeed,megatron]'
