@@ -12,7 +12,7 @@ Norm = Literal["auto", "reference", "native"]
 class KernelsConfig(Section):
     """What computes an operation: reference: PyTorch; native: the compiled library (CPU; fp32, bf16 and fp16).
 
-    auto takes the fastest that was measured for the device and is to be had for it and the precision.
+    auto takes the fastest that was measured for the device and is to be had for it; in bf16 and fp16 the reference.
     """
 
     required: bool = False

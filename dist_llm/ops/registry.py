@@ -50,6 +50,10 @@ NATIVE_OPS: Mapping[str, NativeOp] = MappingProxyType(
 PREFERRED: Mapping[str, Mapping[str, str]] = MappingProxyType({"cpu": {"rms_norm": NATIVE}})
 """By kind of device, what `auto` takes for each op: what was measured to be fastest (kernels/*/README.md)."""
 
+AUTO_DTYPES = (torch.float32,)
+"""Formats in which `auto` takes anything but the reference. A CPU is some 45 times slower in bf16 and fp16: such runs
+stand for those on a GPU, whose memory the dry run foretells by the reference."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -94,6 +98,11 @@ def _problem(op: str, backend: str, device: str, dtype: torch.dtype) -> str | No
     return native_problem(op)
 
 
+def _preferred(op: str, device: str, dtype: torch.dtype) -> str:
+    """Return what `auto` takes for an op."""
+    return PREFERRED.get(device, {}).get(op, REFERENCE) if dtype in AUTO_DTYPES else REFERENCE
+
+
 def choose_kernels(wanted: Mapping[str, str], required: bool, device: str, dtype: torch.dtype) -> Choice:
     """Return the backend of each op for a kind of device and the format of activations; wanted: by op, or `auto`.
 
@@ -102,7 +111,7 @@ def choose_kernels(wanted: Mapping[str, str], required: bool, device: str, dtype
     kernels, fallbacks = Kernels(), {}
     for name in (field.name for field in fields(Kernels)):
         asked = wanted.get(name, AUTO)
-        backend = PREFERRED.get(device, {}).get(name, REFERENCE) if asked == AUTO else asked
+        backend = _preferred(name, device, dtype) if asked == AUTO else asked
         problem = _problem(name, backend, device, dtype)
         if problem is None:
             kernels = replace(kernels, **{name: backend})

@@ -48,10 +48,11 @@ def test_the_fastest_is_taken_and_a_wish_is_heard() -> None:
     assert (chosen.kernels.rms_norm, chosen.kernels.layer_norm) == (REFERENCE, NATIVE)
     assert "native (" in str(chosen)
     assert choose_kernels({}, True, "cuda", torch.bfloat16).kernels == Kernels()
+    assert choose_kernels({}, True, "cpu", torch.bfloat16).kernels == Kernels()
 
 
 def test_what_no_kernel_computes_falls_back_and_says_why() -> None:
-    chosen = choose_kernels({}, False, "cpu", torch.float64)
+    chosen = choose_kernels({"rms_norm": "native"}, False, "cpu", torch.float64)
     assert chosen.kernels == Kernels()
     assert "native kernels compute fp32, bf16 and fp16, not float64" in str(chosen)
     cuda = choose_kernels({"layer_norm": "native"}, False, "cuda", torch.bfloat16)
@@ -59,8 +60,8 @@ def test_what_no_kernel_computes_falls_back_and_says_why() -> None:
 
 
 def test_required_makes_a_fallback_an_error() -> None:
-    with pytest.raises(ConfigError, match=r"kernels.rms_norm=auto cannot be had: native kernels compute") as caught:
-        choose_kernels({}, True, "cpu", torch.float64)
+    with pytest.raises(ConfigError, match=r"kernels.rms_norm=native cannot be had: native kernels compute") as caught:
+        choose_kernels({"rms_norm": "native"}, True, "cpu", torch.float64)
     assert caught.value.exit_code == ExitCode.CONFIG
     assert [violation.key for violation in caught.value.violations] == ["kernels.rms_norm"]
 
