@@ -11,6 +11,8 @@ from dist_llm.ops.layer_norm import add_layer_norm, layer_norm
 from dist_llm.ops.registry import Kernels
 from dist_llm.ops.rms_norm import add_rms_norm, rms_norm
 
+Rows = Float[Tensor, "*rows width"]
+
 
 class RMSNorm(nn.Module):
     """y = x / rms(x) * weight over the last dim."""
@@ -22,14 +24,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width))
         self.eps = eps
 
-    def forward(self, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
-        """Normalise the last dim of x."""
-        return rms_norm(x, self.weight, self.eps, self.kernels.rms_norm)
-
-    def add(
-        self, x: Float[Tensor, "*rows width"], residual: Float[Tensor, "*rows width"]
-    ) -> tuple[Float[Tensor, "*rows width"], Float[Tensor, "*rows width"]]:
-        """Return the norm of x + residual, and that sum."""
+    def forward(self, x: Rows, residual: Rows | None = None) -> Rows | tuple[Rows, Rows]:
+        """Normalise the last dim of x; with a residual return the norm of x + residual, and that sum."""
+        if residual is None:
+            return rms_norm(x, self.weight, self.eps, self.kernels.rms_norm)
         return add_rms_norm(x, residual, self.weight, self.eps, self.kernels.rms_norm)
 
 
@@ -44,14 +42,10 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(width)) if bias else None
         self.eps = eps
 
-    def forward(self, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
-        """Normalise the last dim of x."""
-        return layer_norm(x, self.weight, self.bias, self.eps, self.kernels.layer_norm)
-
-    def add(
-        self, x: Float[Tensor, "*rows width"], residual: Float[Tensor, "*rows width"]
-    ) -> tuple[Float[Tensor, "*rows width"], Float[Tensor, "*rows width"]]:
-        """Return the norm of x + residual, and that sum."""
+    def forward(self, x: Rows, residual: Rows | None = None) -> Rows | tuple[Rows, Rows]:
+        """Normalise the last dim of x; with a residual return the norm of x + residual, and that sum."""
+        if residual is None:
+            return layer_norm(x, self.weight, self.bias, self.eps, self.kernels.layer_norm)
         return add_layer_norm(x, residual, (self.weight, self.bias), self.eps, self.kernels.layer_norm)
 
 
@@ -65,11 +59,10 @@ def build_norm(config: ModelConfig, width: int) -> Norm:
     return LayerNorm(width, config.norm_eps, config.bias)
 
 
-def add_and_norm(
-    norm: Norm, x: Float[Tensor, "*rows width"], residual: Float[Tensor, "*rows width"]
-) -> tuple[Float[Tensor, "*rows width"], Float[Tensor, "*rows width"]]:
+def add_and_norm(norm: Norm, x: Rows, residual: Rows) -> tuple[Rows, Rows]:
     """Return the norm of x + residual and that sum, in one pass unless the norm's forward was replaced (recompute)."""
     if "forward" in vars(norm):
         total = x + residual
         return norm(total), total
-    return norm.add(x, residual)
+    both: tuple[Rows, Rows] = norm(x, residual)
+    return both

@@ -83,8 +83,14 @@ def native_problem(op: str) -> str | None:
     missing = missing_ops(NATIVE_OPS[op].names)
     if missing:
         return f"{library.path} is of another version: it has no {', '.join(missing)}"
-    NATIVE_OPS[op].register()
+    _register(op)
     return None
+
+
+@cache
+def _register(op: str) -> None:
+    """Register an op with torch: once, for a process cannot take that back."""
+    NATIVE_OPS[op].register()
 
 
 def _problem(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
