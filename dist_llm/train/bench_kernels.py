@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dist_llm.ops.gelu import bias_gelu, gelu
 from dist_llm.ops.layer_norm import add_layer_norm, layer_norm
 from dist_llm.ops.native import native_library
 from dist_llm.ops.registry import NATIVE, native_problem
@@ -58,7 +59,16 @@ def _add_layer(x: Tensor, residual: Tensor, w: Tensor, b: Tensor) -> Outputs:
     return functional.layer_norm(total, w.shape, w, b, EPS), total
 
 
+def _gelu(x: Tensor) -> Outputs:
+    return (functional.gelu(x, approximate="tanh"),)
+
+
+def _bias_gelu(x: Tensor, b: Tensor) -> Outputs:
+    return (functional.gelu(x + b, approximate="tanh"),)
+
+
 ROWS, VECTOR = (TOKENS, WIDTH), (WIDTH,)
+INNER = (TOKENS, 4 * WIDTH)
 TIMED = (
     Timed("rms_norm", "rms_norm", (ROWS, VECTOR), _rms, lambda x, w: (rms_norm(x, w, EPS, NATIVE),)),
     Timed(
@@ -78,6 +88,8 @@ TIMED = (
         _add_layer,
         lambda x, residual, w, b: add_layer_norm(x, residual, (w, b), EPS, NATIVE),
     ),
+    Timed("gelu", "gelu", (INNER,), _gelu, lambda x: (gelu(x, NATIVE),)),
+    Timed("bias_gelu", "gelu", (INNER, (4 * WIDTH,)), _bias_gelu, lambda x, b: (bias_gelu(x, b, NATIVE),)),
 )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dist_llm.ops.gelu import bias_gelu, gelu
 from dist_llm.ops.layer_norm import add_layer_norm, layer_norm
 from dist_llm.ops.registry import NATIVE, NATIVE_OPS, REFERENCE, native_problem
 from dist_llm.ops.rms_norm import add_rms_norm, rms_norm
@@ -85,6 +86,14 @@ CASES = {
             lambda backend, i: add_layer_norm(i[0], i[1], (i[2], i[3]), EPS, backend),
             _rows(2),
             lambda i: (i[0], i[1], i[2], i[3], EPS),
+        ),
+        Case("gelu", "gelu", lambda backend, i: (gelu(i[0], backend),), _rows(1), lambda i: (i[0],)),
+        Case(
+            "bias_gelu",
+            "gelu",
+            lambda backend, i: (bias_gelu(i[0], i[1], backend),),
+            _rows(1),
+            lambda i: (i[0], i[1]),
         ),
     )
 }
