@@ -23,3 +23,7 @@ class KernelsConfig(Section):
     """LayerNorm, alone and with the sum of the residual before it."""
     gelu: Backend = "auto"
     """GELU in its tanh form; the exact form is always PyTorch's."""
+    swiglu: Backend = "auto"
+    """SwiGLU's silu(gate) * up, also of experts."""
+    rope: Backend = "auto"
+    """Rotary positions of queries and keys, in one pass."""

@@ -9,6 +9,7 @@ from torch.nn import functional
 from dist_llm.config.model import ModelConfig
 from dist_llm.ops.gelu import gelu
 from dist_llm.ops.registry import Kernels
+from dist_llm.ops.swiglu import swiglu
 
 
 def activate(
@@ -16,7 +17,7 @@ def activate(
 ) -> Float[Tensor, "*rows inner"]:
     """Return silu(gate) * up, or gelu(up) where there is no gate; approximate: tanh or none."""
     if gate is not None:
-        return functional.silu(gate) * up
+        return swiglu(gate, up, kernels.swiglu)
     return gelu(up, kernels.gelu) if approximate == "tanh" else functional.gelu(up)
 
 
