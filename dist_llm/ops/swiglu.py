@@ -19,7 +19,10 @@ NATIVE_OPS = ("swiglu", "swiglu_backward")
 
 
 def _gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of gate and up, of operations that can be differentiated again."""
+    """Return the gradients of gate and up."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # to be differentiated again
+        share = gate.sigmoid()
+        return grad * up * (share + gate * share * (1 - share)), grad * gate * share
     return torch.ops.aten.silu_backward(grad * up, gate), grad * functional.silu(gate)
 
 
