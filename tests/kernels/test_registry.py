@@ -20,7 +20,7 @@ from dist_llm.models.transformer import Transformer
 from dist_llm.ops import native
 from dist_llm.ops.native import FACTS, LIBRARY, NativeLibrary, native_library, open_library
 from dist_llm.ops.registry import NATIVE, REFERENCE, Kernels, choose_kernels, native_problem
-from tests.parallel.tiny import LLAMA, tiny_config
+from tests.parallel.tiny import LLAMA, MOE, tiny_config
 
 needs_library = pytest.mark.skipif(
     native_library().problem is not None, reason=f"kernels: no native library here: {native_library().problem}"
@@ -100,6 +100,24 @@ def test_every_module_of_a_model_takes_the_choice() -> None:
     norms = [module for name, module in model.named_modules() if name.endswith("norm")]
     assert len(norms) > 4
     assert all(norm.kernels.rms_norm == "native" for norm in norms)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("op", "settings"), [("gelu", {"activation": "gelu_tanh"}), ("swiglu", {}), ("rope", {}), ("swiglu", MOE)], ids=str
+)
+def test_a_model_computes_with_the_kernel_it_was_given(op: str, settings: dict[str, object]) -> None:
+    assert native_problem(op) is None
+    model = Transformer(tiny_config(None, {**LLAMA, **settings}).model)
+    apply_kernels(model, Kernels(**{op: NATIVE}))
+    tokens = torch.arange(8).view(1, 8)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(-0.1, 0.1)
+        model(tokens)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            model(tokens)
+    assert f"dist_llm::{op}" in {event.key for event in profile.key_averages()}
 
 
 @needs_library
