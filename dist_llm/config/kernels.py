@@ -6,7 +6,7 @@ from typing import Literal
 
 from dist_llm.config.base import Section
 
-Norm = Literal["auto", "reference", "native"]
+Backend = Literal["auto", "reference", "native"]
 
 
 class KernelsConfig(Section):
@@ -17,7 +17,13 @@ class KernelsConfig(Section):
 
     required: bool = False
     """Refuse to start where something else would have to compute than what was named, or than auto would prefer."""
-    rms_norm: Norm = "auto"
+    rms_norm: Backend = "auto"
     """RMSNorm, alone and with the sum of the residual before it."""
-    layer_norm: Norm = "auto"
+    layer_norm: Backend = "auto"
     """LayerNorm, alone and with the sum of the residual before it."""
+    gelu: Backend = "auto"
+    """GELU in its tanh form; the exact form is always PyTorch's."""
+    swiglu: Backend = "auto"
+    """SwiGLU's silu(gate) * up, also of experts."""
+    rope: Backend = "auto"
+    """Rotary positions of queries and keys, in one pass."""

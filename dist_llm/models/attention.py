@@ -15,11 +15,14 @@ from dist_llm.models.norm import RMSNorm
 from dist_llm.models.rope import RopeTable
 from dist_llm.ops.causal_attention import Attend, CausalAttention
 from dist_llm.ops.context_share import ContextShare
-from dist_llm.ops.rope import rotate
+from dist_llm.ops.registry import Kernels
+from dist_llm.ops.rope import rotate_pair
 
 
 class Attention(nn.Module):
     """Projections wq, wk, wv (split by heads) and wo around scaled dot-product attention."""
+
+    kernels = Kernels()
 
     def __init__(self, config: ModelConfig, rope: RopeTable | None) -> None:
         super().__init__()
@@ -47,8 +50,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         if self.rope is not None:
-            cos, sin = self.rope(query, self.context)
-            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+            query, key = rotate_pair(query, key, self.rope(query, self.context), self.kernels.rope)
         if self.query_scale != 1:  # here and not in `attend`, of which there are several
             query = query * self.query_scale
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))

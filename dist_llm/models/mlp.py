@@ -7,17 +7,24 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dist_llm.config.model import ModelConfig
+from dist_llm.ops.gelu import gelu
+from dist_llm.ops.registry import Kernels
+from dist_llm.ops.swiglu import swiglu
 
 
 def activate(
-    up: Float[Tensor, "*rows inner"], gate: Float[Tensor, "*rows inner"] | None, approximate: str
+    up: Float[Tensor, "*rows inner"], gate: Float[Tensor, "*rows inner"] | None, approximate: str, kernels: Kernels
 ) -> Float[Tensor, "*rows inner"]:
-    """Return silu(gate) * up, or gelu(up) where there is no gate."""
-    return functional.gelu(up, approximate=approximate) if gate is None else functional.silu(gate) * up
+    """Return silu(gate) * up, or gelu(up) where there is no gate; approximate: tanh or none."""
+    if gate is not None:
+        return swiglu(gate, up, kernels.swiglu)
+    return gelu(up, kernels.gelu) if approximate == "tanh" else functional.gelu(up)
 
 
 class MLP(nn.Module):
     """down(gelu(up(x))), or down(silu(gate(x)) * up(x)) for SwiGLU."""
+
+    kernels = Kernels()
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -37,4 +44,4 @@ class MLP(nn.Module):
         self, up: Float[Tensor, "batch seq inner"], gate: Float[Tensor, "batch seq inner"] | None
     ) -> Float[Tensor, "batch seq inner"]:
         """Return what the last linear takes."""
-        return activate(up, gate, self.approximate)
+        return activate(up, gate, self.approximate, self.kernels)

@@ -23,6 +23,7 @@ from dist_llm.config.model import ModelConfig, MoEConfig
 from dist_llm.models.mlp import MLP, activate
 from dist_llm.ops.grouped_linear import grouped_linear
 from dist_llm.ops.linear import WeightGradients
+from dist_llm.ops.registry import Kernels
 from dist_llm.ops.row_counts import kept_rows
 
 
@@ -136,6 +137,8 @@ class GroupedLinear(nn.Module):
 class Experts(nn.Module):
     """The feed-forward layers of all experts side by side, without biases."""
 
+    kernels = Kernels()
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         experts, width, inner = config.moe.num_experts, config.hidden_size, config.expert_width
@@ -154,7 +157,7 @@ class Experts(nn.Module):
         self, up: Float[Tensor, "rows inner"], gate: Float[Tensor, "rows inner"] | None
     ) -> Float[Tensor, "rows inner"]:
         """Return what the last linears take."""
-        return activate(up, gate, self.approximate)
+        return activate(up, gate, self.approximate, self.kernels)
 
 
 class Dispatch(Protocol):

@@ -16,7 +16,7 @@ from types import MappingProxyType
 import torch
 
 from dist_llm.errors import ConfigError, Violation
-from dist_llm.ops import layer_norm, rms_norm
+from dist_llm.ops import gelu, layer_norm, rms_norm, rope, swiglu
 from dist_llm.ops.native import missing_ops, native_library
 
 REFERENCE, NATIVE, AUTO = "reference", "native", "auto"
@@ -29,6 +29,9 @@ class Kernels:
 
     rms_norm: str = REFERENCE
     layer_norm: str = REFERENCE
+    gelu: str = REFERENCE
+    swiglu: str = REFERENCE
+    rope: str = REFERENCE
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,15 @@ NATIVE_OPS: Mapping[str, NativeOp] = MappingProxyType(
     {
         "rms_norm": NativeOp(rms_norm.NATIVE_OPS, rms_norm.register_native),
         "layer_norm": NativeOp(layer_norm.NATIVE_OPS, layer_norm.register_native),
+        "gelu": NativeOp(gelu.NATIVE_OPS, gelu.register_native),
+        "swiglu": NativeOp(swiglu.NATIVE_OPS, swiglu.register_native),
+        "rope": NativeOp(rope.NATIVE_OPS, rope.register_native),
     }
 )
 
-PREFERRED: Mapping[str, Mapping[str, str]] = MappingProxyType({"cpu": {"rms_norm": NATIVE}})
+PREFERRED: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {"cpu": {"rms_norm": NATIVE, "gelu": NATIVE, "swiglu": NATIVE, "rope": NATIVE}}
+)
 """By kind of device, what `auto` takes for each op: what was measured to be fastest (kernels/*/README.md)."""
 
 AUTO_DTYPES = (torch.float32,)

@@ -3,17 +3,21 @@
     [x1, x2] -> [x1 cos - x2 sin, x2 cos + x1 sin],  angle = position * theta^(-2i/d)
 
 Llama-3 stretches low frequencies by `factor` (Meta 2024); YaRN blends interpolation and extrapolation by wavelength and
-scales attention (Peng et al. 2023). Tables are computed in fp64 and cast once.
+scales attention (Peng et al. 2023). Tables are computed in fp64 and cast once. Kernels: kernels/rope.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
+
+from dist_llm.ops.autograd import dense_like, register_op
+
+NATIVE_OPS = ("rope",)
 
 
 def inverse_frequencies(head_dim: int, theta: float) -> Float64[Tensor, " half"]:
@@ -64,6 +68,40 @@ def rotate(
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos[:, None, :], sin[:, None, :]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def rotate_pair(
+    query: Float[Tensor, "batch seq heads head_dim"],
+    key: Float[Tensor, "batch seq kv_heads head_dim"],
+    table: tuple[Float[Tensor, "seq half"], Float[Tensor, "seq half"]],
+    backend: str = "reference",
+) -> tuple[Float[Tensor, "batch seq heads head_dim"], Float[Tensor, "batch seq kv_heads head_dim"]]:
+    """Rotate query and key by the table (cos, sin; half: head_dim / 2), in the wider of their formats."""
+    if backend == "native":
+        out: tuple[Tensor, Tensor] = torch.ops.dist_llm.rope(query, key, *table, False)
+        return out
+    return rotate(query, *table), rotate(key, *table)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, cos, sin, ctx.inverse = inputs
+    ctx.shapes = query.shape, key.shape
+    ctx.save_for_backward(cos, sin)
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Turn the gradients back, by the op itself: of any order. The table has none."""
+    given = next((grad for grad in grads if grad is not None), None)
+    if given is None:
+        return None, None, None, None, None
+    both = (given.new_zeros(shape) if x is None else x for x, shape in zip(grads, ctx.shapes, strict=True))
+    out: tuple[Tensor, Tensor] = torch.ops.dist_llm.rope(*both, *ctx.saved_tensors, not ctx.inverse)
+    return *out, None, None, None
+
+
+def register_native() -> None:
+    """Tell torch the shapes and the gradient of the library's op; once, after it was loaded."""
+    register_op("rope", lambda query, key, cos, sin, inverse: (dense_like(query), dense_like(key)), _keep, _backward)
 
 
 Scaling = Literal["none", "llama3", "yarn"]

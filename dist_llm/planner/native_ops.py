@@ -1,7 +1,7 @@
 """What each operation of the model makes and keeps, in bytes: the native engine's kernels of ops/ and torch's own.
 
     linear     keeps x                             norm      x and one or two numbers a row
-    attention  q, k, v, out and a log-sum-exp      silu, gelu  their input; a product keeps both factors
+    attention  q, k, v, out and a log-sum-exp      gelu, swiglu  their inputs
     dropout    a mask of bytes                     cross entropy  probabilities in the wide format
 
 Everything is of one rank's share of a microbatch. tests/parallel/test_footprint.py holds this equal to measured runs.
@@ -84,8 +84,7 @@ class Operations:
         """gelu(up), or silu(gate) * up."""
         if gate is None:
             return self.tape.apply([up], (up.numel, up.width), [up])
-        gated = self.tape.apply([gate], (gate.numel, gate.width), [gate])
-        return self.tape.apply([gated, up], (up.numel, up.width), [gated, up])
+        return self.tape.apply([gate, up], (up.numel, up.width), [gate, up], up.size, up.size)
 
     def dropout(self, x: Value) -> Value:
         """ops/dropout.py: a counter for each element, three at once while they are mixed; a mask of bytes stays."""

@@ -17,10 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dist_llm.ops.gelu import bias_gelu, gelu
 from dist_llm.ops.layer_norm import add_layer_norm, layer_norm
 from dist_llm.ops.native import native_library
 from dist_llm.ops.registry import NATIVE, native_problem
 from dist_llm.ops.rms_norm import add_rms_norm, rms_norm
+from dist_llm.ops.rope import inverse_frequencies, rotate, rotate_pair, rotation_table
+from dist_llm.ops.swiglu import swiglu
 from dist_llm.runtime.device import device_name
 from dist_llm.runtime.process import prepare_rank
 
@@ -58,7 +61,26 @@ def _add_layer(x: Tensor, residual: Tensor, w: Tensor, b: Tensor) -> Outputs:
     return functional.layer_norm(total, w.shape, w, b, EPS), total
 
 
+def _gelu(x: Tensor) -> Outputs:
+    return (functional.gelu(x, approximate="tanh"),)
+
+
+def _bias_gelu(x: Tensor, b: Tensor) -> Outputs:
+    return (functional.gelu(x + b, approximate="tanh"),)
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Outputs:
+    return (functional.silu(gate) * up,)
+
+
+def _rope(query: Tensor, key: Tensor) -> Outputs:
+    return rotate(query, COS, SIN), rotate(key, COS, SIN)
+
+
 ROWS, VECTOR = (TOKENS, WIDTH), (WIDTH,)
+HEADS = (8, 256, 6, 64)
+COS, SIN = (table.float() for table in rotation_table(inverse_frequencies(64, 1e4), 256, 1.0))
+INNER, GATED = (TOKENS, 4 * WIDTH), (TOKENS, 1024)
 TIMED = (
     Timed("rms_norm", "rms_norm", (ROWS, VECTOR), _rms, lambda x, w: (rms_norm(x, w, EPS, NATIVE),)),
     Timed(
@@ -78,6 +100,10 @@ TIMED = (
         _add_layer,
         lambda x, residual, w, b: add_layer_norm(x, residual, (w, b), EPS, NATIVE),
     ),
+    Timed("gelu", "gelu", (INNER,), _gelu, lambda x: (gelu(x, NATIVE),)),
+    Timed("bias_gelu", "gelu", (INNER, (4 * WIDTH,)), _bias_gelu, lambda x, b: (bias_gelu(x, b, NATIVE),)),
+    Timed("swiglu", "swiglu", (GATED, GATED), _swiglu, lambda gate, up: (swiglu(gate, up, NATIVE),)),
+    Timed("rope", "rope", (HEADS, HEADS), _rope, lambda q, k: rotate_pair(q, k, (COS, SIN), NATIVE)),
 )
 
 

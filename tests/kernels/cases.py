@@ -8,9 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dist_llm.ops.gelu import bias_gelu, gelu
 from dist_llm.ops.layer_norm import add_layer_norm, layer_norm
 from dist_llm.ops.registry import NATIVE, NATIVE_OPS, REFERENCE, native_problem
 from dist_llm.ops.rms_norm import add_rms_norm, rms_norm
+from dist_llm.ops.rope import inverse_frequencies, rotate_pair, rotation_table
+from dist_llm.ops.swiglu import swiglu
 
 EPS = 1e-5
 Inputs = tuple[Tensor, ...]
@@ -45,6 +48,31 @@ def _rows(count: int) -> Callable[[tuple[int, ...], torch.dtype, torch.dtype], I
         return *(x.to(dtype) for x in wide), weight.to(weights), bias.to(weights)
 
     return make
+
+
+def _heads(shape: tuple[int, ...], dtype: torch.dtype, _: torch.dtype) -> Inputs:
+    """Return two heads of queries and one of keys side by side for each token, and the fp32 table of a sequence."""
+    width, generator = shape[-1], torch.Generator().manual_seed(sum(shape))
+    query, key = (torch.randn(*shape[:-1], heads * 2 * width, generator=generator).to(dtype) for heads in (2, 1))
+    cos, sin = rotation_table(inverse_frequencies(2 * width, 1e4), shape[-2], 1.25)
+    return query, key, cos.float(), sin.float()
+
+
+def _split(inputs: Inputs) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Return the heads of what `_heads` made, of one sequence unless there are several, and the table."""
+    query, key, cos, sin = inputs
+    query, key = (x if x.dim() == 3 else x[None] for x in (query, key))
+    return query.unflatten(-1, (2, -1)), key.unflatten(-1, (1, -1)), (cos.detach(), sin.detach())
+
+
+def _rope(backend: str, inputs: Inputs) -> Inputs:
+    query, key, table = _split(inputs)
+    return rotate_pair(query, key, table, backend)
+
+
+def _raw_rope(inputs: Inputs) -> tuple[object, ...]:
+    query, key, table = _split(inputs)
+    return query.detach().requires_grad_(), key.detach().requires_grad_(), *table, False
 
 
 CASES = {
@@ -86,6 +114,22 @@ CASES = {
             _rows(2),
             lambda i: (i[0], i[1], i[2], i[3], EPS),
         ),
+        Case("gelu", "gelu", lambda backend, i: (gelu(i[0], backend),), _rows(1), lambda i: (i[0],)),
+        Case(
+            "bias_gelu",
+            "gelu",
+            lambda backend, i: (bias_gelu(i[0], i[1], backend),),
+            _rows(1),
+            lambda i: (i[0], i[1]),
+        ),
+        Case(
+            "swiglu",
+            "swiglu",
+            lambda backend, i: (swiglu(i[0], i[1], backend),),
+            _rows(2),
+            lambda i: (i[0], i[1]),
+        ),
+        Case("rope", "rope", _rope, _heads, _raw_rope),
     )
 }
 

@@ -166,5 +166,14 @@ def test_tensors_that_disagree_are_an_error() -> None:
         torch.ops.dist_llm.add_rms_norm(x, x[:2], weight, 1e-5)
     with pytest.raises(RuntimeError, match="residual and x must have one dtype, not BFloat16 and Float"):
         torch.ops.dist_llm.add_rms_norm(x, x.bfloat16(), weight, 1e-5)
+    with pytest.raises(RuntimeError, match=r"up and gate must have one shape, not \[2, 4\] and \[3, 4\]"):
+        torch.ops.dist_llm.swiglu(x, x[:2])
+    with pytest.raises(RuntimeError, match=r"bias must be \[4\], not \[3\]"):
+        torch.ops.dist_llm.bias_gelu(x, torch.ones(3))
+    heads, table = torch.ones(2, 5, 3, 8), torch.ones(5, 4)
+    with pytest.raises(RuntimeError, match="key and query must differ in heads alone"):
+        torch.ops.dist_llm.rope(heads, heads[:1], table, table, False)
+    with pytest.raises(RuntimeError, match=r"sin must be float32 \[5, 4\], not Float \[4, 4\]"):
+        torch.ops.dist_llm.rope(heads, heads, table, table[:4], False)
     with pytest.raises(RuntimeError, match="rstd must be float32 and have a number for each row"):
         torch.ops.dist_llm.rms_norm_backward(x, None, x, weight, torch.ones(2))

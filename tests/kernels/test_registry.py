@@ -20,7 +20,7 @@ from dist_llm.models.transformer import Transformer
 from dist_llm.ops import native
 from dist_llm.ops.native import FACTS, LIBRARY, NativeLibrary, native_library, open_library
 from dist_llm.ops.registry import NATIVE, REFERENCE, Kernels, choose_kernels, native_problem
-from tests.parallel.tiny import LLAMA, tiny_config
+from tests.parallel.tiny import LLAMA, MOE, tiny_config
 
 needs_library = pytest.mark.skipif(
     native_library().problem is not None, reason=f"kernels: no native library here: {native_library().problem}"
@@ -43,7 +43,9 @@ def without_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_library
 def test_the_fastest_is_taken_and_a_wish_is_heard() -> None:
-    assert choose_kernels({}, True, "cpu", torch.float32).kernels == Kernels(rms_norm=NATIVE)
+    assert choose_kernels({}, True, "cpu", torch.float32).kernels == Kernels(
+        rms_norm=NATIVE, gelu=NATIVE, swiglu=NATIVE, rope=NATIVE
+    )
     chosen = choose_kernels({"rms_norm": "reference", "layer_norm": "native"}, True, "cpu", torch.bfloat16)
     assert (chosen.kernels.rms_norm, chosen.kernels.layer_norm) == (REFERENCE, NATIVE)
     assert "native (" in str(chosen)
@@ -63,7 +65,12 @@ def test_required_makes_a_fallback_an_error() -> None:
     with pytest.raises(ConfigError, match=r"kernels.rms_norm=native cannot be had: native kernels compute") as caught:
         choose_kernels({"rms_norm": "native"}, True, "cpu", torch.float64)
     assert caught.value.exit_code == ExitCode.CONFIG
-    assert [violation.key for violation in caught.value.violations] == ["kernels.rms_norm"]
+    assert [violation.key for violation in caught.value.violations] == [
+        "kernels.rms_norm",
+        "kernels.gelu",
+        "kernels.swiglu",
+        "kernels.rope",
+    ]
 
 
 @pytest.mark.usefixtures("without_library")
@@ -94,6 +101,24 @@ def test_every_module_of_a_model_takes_the_choice() -> None:
     norms = [module for name, module in model.named_modules() if name.endswith("norm")]
     assert len(norms) > 4
     assert all(norm.kernels.rms_norm == "native" for norm in norms)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("op", "settings"), [("gelu", {"activation": "gelu_tanh"}), ("swiglu", {}), ("rope", {}), ("swiglu", MOE)], ids=str
+)
+def test_a_model_computes_with_the_kernel_it_was_given(op: str, settings: dict[str, object]) -> None:
+    assert native_problem(op) is None
+    model = Transformer(tiny_config(None, {**LLAMA, **settings}).model)
+    apply_kernels(model, Kernels(**{op: NATIVE}))
+    tokens = torch.arange(8).view(1, 8)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(-0.1, 0.1)
+        model(tokens)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            model(tokens)
+    assert f"dist_llm::{op}" in {event.key for event in profile.key_averages()}
 
 
 @needs_library

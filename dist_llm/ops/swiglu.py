@@ -1,0 +1,69 @@
+"""SwiGLU (Shazeer 2020): y = silu(gate) * up, silu(g) = g s, s = sigmoid(g).
+
+    dgate = dy up (s + g s (1 - s)),   dup = dy g s
+Its backward makes silu(gate) again, so that gate and up alone are kept. Kernels: kernels/swiglu.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from dist_llm.ops.autograd import dense_like, register_last, register_op
+
+NATIVE_OPS = ("swiglu", "swiglu_backward")
+
+
+def _gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of gate and up."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # to be differentiated again
+        share = gate.sigmoid()
+        return grad * up * (share + gate * share * (1 - share)), grad * gate * share
+    return torch.ops.aten.silu_backward(grad * up, gate), grad * functional.silu(gate)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return functional.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return _gradients(grads[0], *ctx.saved_tensors)
+
+
+def swiglu(
+    gate: Float[Tensor, "*rows width"], up: Float[Tensor, "*rows width"], backend: str = "reference"
+) -> Float[Tensor, "*rows width"]:
+    """Return silu(gate) * up."""
+    out: Tensor
+    if backend == "native":
+        out = torch.ops.dist_llm.swiglu(gate, up)
+    else:
+        out = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    gate, up = ctx.saved_tensors
+    if grad is None:
+        return None, None
+    if torch.is_grad_enabled():  # the gradient is itself differentiated
+        return _gradients(grad, gate, up)
+    out: tuple[Tensor, Tensor] = torch.ops.dist_llm.swiglu_backward(grad, gate, up)
+    return out
+
+
+def register_native() -> None:
+    """Tell torch the shapes and gradients of the library's ops; once, after it was loaded."""
+    register_op("swiglu", lambda gate, up: dense_like(gate), _keep, _backward)
+    register_last("swiglu_backward", lambda grad, gate, up: (dense_like(gate), dense_like(up)))
