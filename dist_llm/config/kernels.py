@@ -6,7 +6,7 @@ from typing import Literal
 
 from dist_llm.config.base import Section
 
-Norm = Literal["auto", "reference", "native"]
+Backend = Literal["auto", "reference", "native"]
 
 
 class KernelsConfig(Section):
@@ -17,7 +17,9 @@ class KernelsConfig(Section):
 
     required: bool = False
     """Refuse to start where something else would have to compute than what was named, or than auto would prefer."""
-    rms_norm: Norm = "auto"
+    rms_norm: Backend = "auto"
     """RMSNorm, alone and with the sum of the residual before it."""
-    layer_norm: Norm = "auto"
+    layer_norm: Backend = "auto"
     """LayerNorm, alone and with the sum of the residual before it."""
+    cross_entropy: Backend = "auto"
+    """The loss of the logits; native writes their gradient over them. engine=megatron has the reference."""

@@ -16,7 +16,7 @@ from types import MappingProxyType
 import torch
 
 from dist_llm.errors import ConfigError, Violation
-from dist_llm.ops import layer_norm, rms_norm
+from dist_llm.ops import cross_entropy, layer_norm, rms_norm
 from dist_llm.ops.native import missing_ops, native_library
 
 REFERENCE, NATIVE, AUTO = "reference", "native", "auto"
@@ -29,6 +29,7 @@ class Kernels:
 
     rms_norm: str = REFERENCE
     layer_norm: str = REFERENCE
+    cross_entropy: str = REFERENCE
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,11 @@ NATIVE_OPS: Mapping[str, NativeOp] = MappingProxyType(
     {
         "rms_norm": NativeOp(rms_norm.NATIVE_OPS, rms_norm.register_native),
         "layer_norm": NativeOp(layer_norm.NATIVE_OPS, layer_norm.register_native),
+        "cross_entropy": NativeOp(cross_entropy.NATIVE_OPS, cross_entropy.register_native),
     }
 )
 
-PREFERRED: Mapping[str, Mapping[str, str]] = MappingProxyType({"cpu": {"rms_norm": NATIVE}})
+PREFERRED: Mapping[str, Mapping[str, str]] = MappingProxyType({"cpu": {"rms_norm": NATIVE, "cross_entropy": NATIVE}})
 """By kind of device, what `auto` takes for each op: what was measured to be fastest (kernels/*/README.md)."""
 
 

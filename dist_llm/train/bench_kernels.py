@@ -15,17 +15,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import functional
 
 from dist_llm.ops.layer_norm import add_layer_norm, layer_norm
 from dist_llm.ops.native import native_library
 from dist_llm.ops.registry import NATIVE, native_problem
 from dist_llm.ops.rms_norm import add_rms_norm, rms_norm
+from dist_llm.parallel.cross_entropy import cross_entropy_sum
 from dist_llm.runtime.device import device_name
+from dist_llm.runtime.mesh import Axis
 from dist_llm.runtime.process import prepare_rank
 
 EPS = 1e-5
-TOKENS, WIDTH = 2048, 384
+TOKENS, WIDTH, VOCABULARY = 2048, 384, 8192
 Outputs = tuple[Tensor, ...]
 
 
@@ -58,7 +61,21 @@ def _add_layer(x: Tensor, residual: Tensor, w: Tensor, b: Tensor) -> Outputs:
     return functional.layer_norm(total, w.shape, w, b, EPS), total
 
 
-ROWS, VECTOR = (TOKENS, WIDTH), (WIDTH,)
+ROWS, VECTOR, LOGITS = (TOKENS, WIDTH), (WIDTH,), (TOKENS, VOCABULARY)
+TARGETS = torch.arange(TOKENS) * 7919 % VOCABULARY
+ALONE = Axis("tp", ProcessGroup(0, 1), 0, 1)  # type: ignore[call-arg]
+
+
+def _cross_entropy(logits: Tensor) -> Outputs:
+    return (functional.cross_entropy(logits, TARGETS),)
+
+
+def _native_cross_entropy(logits: Tensor) -> Outputs:
+    # A view: the gradient is not written over a leaf. From then on the logits of all variants are small numbers.
+    total = cross_entropy_sum(logits.view(1, TOKENS, VOCABULARY), TARGETS[None], VOCABULARY, ALONE, NATIVE)
+    return (total / TOKENS,)
+
+
 TIMED = (
     Timed("rms_norm", "rms_norm", (ROWS, VECTOR), _rms, lambda x, w: (rms_norm(x, w, EPS, NATIVE),)),
     Timed(
@@ -78,6 +95,7 @@ TIMED = (
         _add_layer,
         lambda x, residual, w, b: add_layer_norm(x, residual, (w, b), EPS, NATIVE),
     ),
+    Timed("cross_entropy", "cross_entropy", (LOGITS,), _cross_entropy, _native_cross_entropy),
 )
 
 
