@@ -119,5 +119,4 @@ def test_a_reference_loss_keeps_probabilities_beside_the_logits(precision: str) 
         rank = predict_memory(config, 1).ranks[0].components
         found[backend] = rank.activations + rank.logits + rank.buffers
         assert found[backend] == pytest.approx(rows[0]["peak_activation_bytes"], rel=0.05)
-    num_logits = 2 * 128 * 8192
-    assert found["reference"] - found["native"] >= 0.5 * 4 * num_logits
+    assert found["native"] < 0.95 * found["reference"]
