@@ -27,3 +27,5 @@ class KernelsConfig(Section):
     """SwiGLU's silu(gate) * up, also of experts."""
     rope: Backend = "auto"
     """Rotary positions of queries and keys, in one pass."""
+    cross_entropy: Backend = "auto"
+    """The loss of the logits; native writes their gradient over them. engine=megatron has the reference."""

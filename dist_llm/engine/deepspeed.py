@@ -57,7 +57,8 @@ class DeepSpeedEngine:
         self._context = ContextShare(mesh.cp.index, mesh.cp.size)
         formats = formats_of(config.precision)
         stages = plan_stages(config.model, 1)
-        model = splittable(config.model, config.run.seed, kernels_for(config, mesh.device))
+        self._kernels = kernels_for(config, mesh.device)
+        model = splittable(config.model, config.run.seed, self._kernels)
         (stage,) = apply_layout(model, stages, config.parallel, formats, mesh, zero=False)
         self._model = stage.part.model
         _mark_parts(stage.shards, mesh.tp)
@@ -132,7 +133,8 @@ class DeepSpeedEngine:
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the sum of token losses, in the unit of a backward. Issues two all-reduces over tp."""
-        return cross_entropy_sum(logits, targets, self._config.model.vocab_size, self._mesh.tp) * self.loss_unit
+        vocab_size, backend = self._config.model.vocab_size, self._kernels.cross_entropy
+        return cross_entropy_sum(logits, targets, vocab_size, self._mesh.tp, backend) * self.loss_unit
 
     def _totals(self, loss: Tensor, targets: Tensor) -> Totals:
         """Sum loss and counted tokens over the world. One all-reduce of float64."""

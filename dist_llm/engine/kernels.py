@@ -21,11 +21,20 @@ def kernels_for(config: RunConfig, device: torch.device) -> Kernels:
 
     Raises ConfigError where `kernels.required` and one cannot be had.
     """
-    wanted = config.kernels.model_dump(exclude={"required"})
-    choice = choose_kernels(wanted, config.kernels.required, device.type, DTYPES[config.precision.compute])
+    choice = _choice(config, device.type, config.kernels.required)
     if not dist.is_initialized() or dist.get_rank() == 0:
         _say(str(choice), _is_worth_a_warning(choice))
     return choice.kernels
+
+
+def foretold_kernels(config: RunConfig) -> Kernels:
+    """Return the backend of each op for a run on the cluster that the config names, as far as it can be told here."""
+    return _choice(config, config.cluster.device, required=False).kernels
+
+
+def _choice(config: RunConfig, device: str, required: bool) -> Choice:
+    wanted = config.kernels.model_dump(exclude={"required"})
+    return choose_kernels(wanted, required, device, DTYPES[config.precision.compute])
 
 
 def _is_worth_a_warning(choice: Choice) -> bool:

@@ -26,6 +26,7 @@ from dist_llm.engine.model import splittable
 from dist_llm.engine.recipe import facts_of, formats_of, local_batch, restore_facts, update_rules
 from dist_llm.engine.routing import Routing
 from dist_llm.ops.context_share import ContextShare
+from dist_llm.ops.registry import Kernels
 from dist_llm.optim.adamw import AdamW
 from dist_llm.optim.host_adamw import HostAdamW
 from dist_llm.optim.schedule import learning_rate
@@ -56,7 +57,9 @@ class NativeEngine:
     `observe` is called with the phase of a step: last_forward, before_update, after_update (memory is counted there).
     """
 
-    def __init__(self, config: RunConfig, mesh: Mesh, model: SplittableModel | None = None) -> None:
+    def __init__(
+        self, config: RunConfig, mesh: Mesh, model: SplittableModel | None = None, kernels: Kernels | None = None
+    ) -> None:
         self._config, self._mesh = config, mesh
         self.observe: Callable[[str], None] = lambda phase: None
         self._formats = formats_of(config.precision)
@@ -64,7 +67,8 @@ class NativeEngine:
         self._microbatch_tokens = config.data.microbatch * config.data.seq_len
         self.data_slice = DataSlice(mesh.dp.index, mesh.dp.size)
         self._context = ContextShare(mesh.cp.index, mesh.cp.size)
-        model = model or splittable(config.model, config.run.seed, kernels_for(config, mesh.device))
+        self._kernels = kernels or kernels_for(config, mesh.device)
+        model = model or splittable(config.model, config.run.seed, self._kernels)
         stages = plan_stages(config.model, config.parallel.num_stages)
         self.stages = apply_layout(model, stages, config.parallel, self._formats, mesh)
         self.shards: list[LocalShard] = [shard for stage in self.stages for shard in stage.shards]
@@ -85,7 +89,8 @@ class NativeEngine:
         self, logits: Float[Tensor, "batch seq columns"], targets: Int64[Tensor, "batch seq"]
     ) -> Float[Tensor, ""]:
         """Return the sum of token losses, in the unit of a backward. Issues two all-reduces over tp."""
-        return cross_entropy_sum(logits, targets, self._config.model.vocab_size, self._mesh.tp) * self.loss_unit
+        vocab_size, backend = self._config.model.vocab_size, self._kernels.cross_entropy
+        return cross_entropy_sum(logits, targets, vocab_size, self._mesh.tp, backend) * self.loss_unit
 
     def _build_runner(self, stages: list[SplitStage]) -> Runner:
         data, parallel = self._config.data, self._config.parallel

@@ -16,7 +16,7 @@ from types import MappingProxyType
 import torch
 
 from dist_llm.errors import ConfigError, Violation
-from dist_llm.ops import gelu, layer_norm, rms_norm, rope, swiglu
+from dist_llm.ops import cross_entropy, gelu, layer_norm, rms_norm, rope, swiglu
 from dist_llm.ops.native import missing_ops, native_library
 
 REFERENCE, NATIVE, AUTO = "reference", "native", "auto"
@@ -32,6 +32,7 @@ class Kernels:
     gelu: str = REFERENCE
     swiglu: str = REFERENCE
     rope: str = REFERENCE
+    cross_entropy: str = REFERENCE
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,12 @@ NATIVE_OPS: Mapping[str, NativeOp] = MappingProxyType(
         "gelu": NativeOp(gelu.NATIVE_OPS, gelu.register_native),
         "swiglu": NativeOp(swiglu.NATIVE_OPS, swiglu.register_native),
         "rope": NativeOp(rope.NATIVE_OPS, rope.register_native),
+        "cross_entropy": NativeOp(cross_entropy.NATIVE_OPS, cross_entropy.register_native),
     }
 )
 
 PREFERRED: Mapping[str, Mapping[str, str]] = MappingProxyType(
-    {"cpu": {"rms_norm": NATIVE, "gelu": NATIVE, "swiglu": NATIVE, "rope": NATIVE}}
+    {"cpu": dict.fromkeys(("rms_norm", "gelu", "swiglu", "rope", "cross_entropy"), NATIVE)}
 )
 """By kind of device, what `auto` takes for each op: what was measured to be fastest (kernels/*/README.md)."""
 

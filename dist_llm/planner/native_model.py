@@ -36,12 +36,16 @@ class Share:
 
 @dataclass(frozen=True)
 class Setting:
-    """All that the bytes of a part depend on; hashable, so that a part is run once."""
+    """All that the bytes of a part depend on; hashable, so that a part is run once.
+
+    loss_in_place: the gradient of the loss is written over the logits.
+    """
 
     model: ModelConfig
     parallel: ParallelConfig
     formats: Formats
     share: Share
+    loss_in_place: bool
 
 
 class Parts:
@@ -50,6 +54,7 @@ class Parts:
     def __init__(self, setting: Setting, tape: Tape) -> None:
         self._model, self._parallel, self._share = setting.model, setting.parallel, setting.share
         self._tape, self.ops = tape, Operations(tape, setting.formats)
+        self._loss = self.ops.cross_entropy_in_place if setting.loss_in_place else self.ops.cross_entropy
         self._sequence = self._parallel.sequence and self._parallel.tensor > 1
 
     def hidden_numel(self) -> int:
@@ -92,7 +97,7 @@ class Parts:
             x = ops.scaled(x)
         columns = padded_vocab(model.vocab_size, ranks) // ranks
         logits = ops.linear(self._enter(x), model.hidden_size, columns)
-        loss = ops.cross_entropy(logits, self._share.tokens)
+        loss = self._loss(logits, self._share.tokens)
         return loss, logits if keeps_logits else None
 
     def _block(self, x: Value, with_experts: bool, selective: bool) -> Value:

@@ -2,7 +2,7 @@
 
     linear     keeps x                             norm      x and one or two numbers a row
     attention  q, k, v, out and a log-sum-exp      gelu, swiglu  their inputs
-    dropout    a mask of bytes                     cross entropy  probabilities in the wide format
+    dropout    a mask of bytes                     cross entropy  probabilities in the wide format, or the logits
 
 Everything is of one rank's share of a microbatch. tests/parallel/test_footprint.py holds this equal to measured runs.
 """
@@ -119,6 +119,19 @@ class Operations:
         """Sum over ranks and keep a part."""
         again = x.size if batch > 1 else 0
         return self.tape.apply([x], (x.numel // ranks, x.width), (), again, again)
+
+    def cross_entropy_in_place(self, logits: Value, rows: int) -> Value:
+        """parallel/cross_entropy.py, native: keeps two numbers a row; the gradient takes the place of the logits."""
+        tape, numbers = self.tape, 2 * rows * self.formats.wide
+        kept = [logits.buffer, tape.new(numbers)]
+        tape.meter.pass_through(2 * numbers)
+
+        def backward(grad: Buffer | None) -> Gradients:
+            return [kept.pop(0)]
+
+        out = tape.record(Value(tape.new(0), 1, self.formats.wide, logits.node), [logits], (), backward)
+        out.node.keeps = [kept]
+        return out
 
     def cross_entropy(self, logits: Value, rows: int) -> Value:
         """parallel/cross_entropy.py: probabilities in the wide format, made where the widened logits are."""

@@ -48,7 +48,14 @@ def setting_of(config: RunConfig) -> Setting:
     share = data.seq_len // parallel.context
     part = share // parallel.tensor if parallel.sequence else share
     formats = Formats(FORMAT_BYTES[config.precision.compute], FORMAT_BYTES[config.precision.master])
-    return Setting(model, parallel, formats, Share(data.microbatch, share, part, data.document_mask))
+    shares = Share(data.microbatch, share, part, data.document_mask)
+    return Setting(model, parallel, formats, shares, _writes_over_logits(config))
+
+
+def _writes_over_logits(config: RunConfig) -> bool:
+    """Whether the native cross entropy computes the loss (ops/registry.py), where it is installed."""
+    on_cpu, chosen = config.cluster.device == "cpu", config.kernels.cross_entropy
+    return on_cpu and chosen != "reference" and config.precision.compute != "fp64"
 
 
 class PartKey:
@@ -60,7 +67,8 @@ class PartKey:
         p = setting.parallel
         layout = (p.tensor, p.sequence, p.context, p.head_ranks, p.expert, p.splits_backward, p.pipeline > 1)
         again = (p.recompute, p.recompute_operators)
-        self._seen = (model or Hashed(setting.model), layout, again, setting.formats, setting.share)
+        rest = (setting.formats, setting.share, setting.loss_in_place)
+        self._seen = (model or Hashed(setting.model), layout, again, *rest)
         self._hash, self.setting = hash(self._seen), setting
 
     def __hash__(self) -> int:
@@ -100,8 +108,9 @@ def loss_bytes(config: RunConfig) -> int:
     """Return the most bytes that a microbatch's logits and loss hold at once."""
     setting = setting_of(config)
     ranks, formats = config.parallel.tensor, setting.formats
+    width = formats.compute + formats.wide * (not setting.loss_in_place)
     logits = setting.share.tokens * (padded_vocab(config.model.vocab_size, ranks) // ranks)
-    return logits * (formats.compute + formats.wide)
+    return logits * width
 
 
 @lru_cache(maxsize=4096)

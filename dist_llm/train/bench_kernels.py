@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import functional
 
 from dist_llm.ops.gelu import bias_gelu, gelu
@@ -24,11 +25,13 @@ from dist_llm.ops.registry import NATIVE, native_problem
 from dist_llm.ops.rms_norm import add_rms_norm, rms_norm
 from dist_llm.ops.rope import inverse_frequencies, rotate, rotate_pair, rotation_table
 from dist_llm.ops.swiglu import swiglu
+from dist_llm.parallel.cross_entropy import cross_entropy_sum
 from dist_llm.runtime.device import device_name
+from dist_llm.runtime.mesh import Axis
 from dist_llm.runtime.process import prepare_rank
 
 EPS = 1e-5
-TOKENS, WIDTH = 2048, 384
+TOKENS, WIDTH, VOCABULARY = 2048, 384, 8192
 Outputs = tuple[Tensor, ...]
 
 
@@ -77,10 +80,24 @@ def _rope(query: Tensor, key: Tensor) -> Outputs:
     return rotate(query, COS, SIN), rotate(key, COS, SIN)
 
 
-ROWS, VECTOR = (TOKENS, WIDTH), (WIDTH,)
 HEADS = (8, 256, 6, 64)
 COS, SIN = (table.float() for table in rotation_table(inverse_frequencies(64, 1e4), 256, 1.0))
 INNER, GATED = (TOKENS, 4 * WIDTH), (TOKENS, 1024)
+ROWS, VECTOR, LOGITS = (TOKENS, WIDTH), (WIDTH,), (TOKENS, VOCABULARY)
+TARGETS = torch.arange(TOKENS) * 7919 % VOCABULARY
+ALONE = Axis("tp", ProcessGroup(0, 1), 0, 1)  # type: ignore[call-arg]
+
+
+def _cross_entropy(logits: Tensor) -> Outputs:
+    return (functional.cross_entropy(logits, TARGETS),)
+
+
+def _native_cross_entropy(logits: Tensor) -> Outputs:
+    # A view: the gradient is not written over a leaf. From then on the logits of all variants are small numbers.
+    total = cross_entropy_sum(logits.view(1, TOKENS, VOCABULARY), TARGETS[None], VOCABULARY, ALONE, NATIVE)
+    return (total / TOKENS,)
+
+
 TIMED = (
     Timed("rms_norm", "rms_norm", (ROWS, VECTOR), _rms, lambda x, w: (rms_norm(x, w, EPS, NATIVE),)),
     Timed(
@@ -104,6 +121,7 @@ TIMED = (
     Timed("bias_gelu", "gelu", (INNER, (4 * WIDTH,)), _bias_gelu, lambda x, b: (bias_gelu(x, b, NATIVE),)),
     Timed("swiglu", "swiglu", (GATED, GATED), _swiglu, lambda gate, up: (swiglu(gate, up, NATIVE),)),
     Timed("rope", "rope", (HEADS, HEADS), _rope, lambda q, k: rotate_pair(q, k, (COS, SIN), NATIVE)),
+    Timed("cross_entropy", "cross_entropy", (LOGITS,), _cross_entropy, _native_cross_entropy),
 )
 
 

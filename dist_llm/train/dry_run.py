@@ -26,6 +26,7 @@ from dist_llm.accounting.stages import StagePlan
 from dist_llm.accounting.traffic import Shapes, Traffic, step_traffic
 from dist_llm.config.rules import num_microbatches
 from dist_llm.config.run import RunConfig
+from dist_llm.engine.kernels import foretold_kernels
 from dist_llm.engine.model import splittable
 from dist_llm.engine.native import NativeEngine
 from dist_llm.engine.recipe import DTYPES
@@ -119,7 +120,8 @@ def build_rank(config: RunConfig, ranks: int, pipeline_index: int) -> list[Stage
     with fake_group(ranks, pipeline_index * (ranks // parallel.pipeline)), as_written:
         mesh = build_mesh(parallel, torch.device("cpu"))
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        engine = NativeEngine(config, mesh, _without_values(splittable(config.model, config.run.seed), mode))
+        model = _without_values(splittable(config.model, config.run.seed), mode)
+        engine = NativeEngine(config, mesh, model, foretold_kernels(config))
         with mode:
             memories = [
                 measure_stage(_stage_run(config, engine, stage, mesh), ActivationLog(state_groups(mesh)))

@@ -14,6 +14,9 @@ from dist_llm.ops.registry import NATIVE, NATIVE_OPS, REFERENCE, native_problem
 from dist_llm.ops.rms_norm import add_rms_norm, rms_norm
 from dist_llm.ops.rope import inverse_frequencies, rotate_pair, rotation_table
 from dist_llm.ops.swiglu import swiglu
+from dist_llm.parallel.cross_entropy import cross_entropy_sum
+from dist_llm.types import IGNORE_INDEX
+from tests.kernels.axes import ALONE
 
 EPS = 1e-5
 Inputs = tuple[Tensor, ...]
@@ -23,7 +26,7 @@ Inputs = tuple[Tensor, ...]
 class Case:
     """An op as a function of (backend, inputs) that returns tensors; raw: its native op and the arguments for that.
 
-    inputs: of rows of a shape in a format, weights in another.
+    inputs: of rows of a shape in a format, weights in another. twice: whether it can be differentiated twice.
     """
 
     name: str
@@ -32,6 +35,7 @@ class Case:
     inputs: Callable[[tuple[int, ...], torch.dtype, torch.dtype], Inputs]
     raw: Callable[[Inputs], tuple[object, ...]]
     native: str = ""
+    twice: bool = True
 
     def native_op(self) -> object:
         """Return the native op, to be checked by itself."""
@@ -73,6 +77,24 @@ def _rope(backend: str, inputs: Inputs) -> Inputs:
 def _raw_rope(inputs: Inputs) -> tuple[object, ...]:
     query, key, table = _split(inputs)
     return query.detach().requires_grad_(), key.detach().requires_grad_(), *table, False
+
+
+def _logits(shape: tuple[int, ...], dtype: torch.dtype, weights: torch.dtype) -> Inputs:
+    return _rows(1)(shape, dtype, weights)[:1]
+
+
+def _targets(logits: Tensor) -> Tensor:
+    """Return a target for each row, and none for every fifth."""
+    targets = torch.arange(logits[..., 0].numel()) * 7919 % logits.shape[-1]
+    targets[4::5] = IGNORE_INDEX
+    return targets.view(logits.shape[:-1])
+
+
+def _cross_entropy(backend: str, inputs: Inputs) -> Inputs:
+    logits = inputs[0].clone()  # a backward may write over them
+    rows = logits if logits.dim() == 3 else logits[None]
+    total = cross_entropy_sum(rows, _targets(rows), rows.shape[-1], ALONE, backend)
+    return (total.to(logits.dtype),)
 
 
 CASES = {
@@ -130,6 +152,15 @@ CASES = {
             lambda i: (i[0], i[1]),
         ),
         Case("rope", "rope", _rope, _heads, _raw_rope),
+        Case(
+            "cross_entropy",
+            "cross_entropy",
+            _cross_entropy,
+            _logits,
+            lambda i: (i[0], _targets(i[0]), 0, i[0].shape[-1], IGNORE_INDEX),
+            "cross_entropy_statistics",
+            twice=False,
+        ),
     )
 }
 

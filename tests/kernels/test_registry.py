@@ -46,6 +46,7 @@ def test_the_fastest_is_taken_and_a_wish_is_heard() -> None:
     assert choose_kernels({}, True, "cpu", torch.float32).kernels == Kernels(
         rms_norm=NATIVE, gelu=NATIVE, swiglu=NATIVE, rope=NATIVE
     )
+    assert choose_kernels({}, True, "cpu", torch.float32).kernels == Kernels(rms_norm=NATIVE, cross_entropy=NATIVE)
     chosen = choose_kernels({"rms_norm": "reference", "layer_norm": "native"}, True, "cpu", torch.bfloat16)
     assert (chosen.kernels.rms_norm, chosen.kernels.layer_norm) == (REFERENCE, NATIVE)
     assert "native (" in str(chosen)
@@ -71,6 +72,7 @@ def test_required_makes_a_fallback_an_error() -> None:
         "kernels.swiglu",
         "kernels.rope",
     ]
+    assert [violation.key for violation in caught.value.violations] == ["kernels.rms_norm", "kernels.cross_entropy"]
 
 
 @pytest.mark.usefixtures("without_library")

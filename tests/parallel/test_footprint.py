@@ -106,3 +106,17 @@ def test_the_most_bytes_that_live_at_once(
     config = tiny_config(parallel, model, data)
     launcher = config.launcher.model_copy(update={"nproc": ranks})
     assert abs(memory_error(pool, config.model_copy(update={"launcher": launcher}))) < 0.05
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_reference_loss_keeps_probabilities_beside_the_logits(precision: str) -> None:
+    """And is foretold so, by the planner and by a dry run."""
+    found = {}
+    for backend in ("reference", "native"):
+        sections = {"precision": {"name": precision}, "kernels": {"cross_entropy": backend}}
+        config = tiny_config(None, {**SIZED, "vocab_size": 8192}, DATA, **sections)
+        rows: Any = dry_run(config, 1)["pipeline_ranks"]
+        rank = predict_memory(config, 1).ranks[0].components
+        found[backend] = rank.activations + rank.logits + rank.buffers
+        assert found[backend] == pytest.approx(rows[0]["peak_activation_bytes"], rel=0.05)
+    assert found["native"] < 0.95 * found["reference"]

@@ -9,7 +9,6 @@ to the common maximum), then one read and write leave the gradient. Columns past
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import no_type_check
 
 import torch
@@ -18,19 +17,11 @@ import triton.language as tl
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
+from dist_llm.ops.cross_entropy import Vocabulary
 from dist_llm.ops.triton.launch import check_formats, on_device_of, warps_of
 from dist_llm.types import IGNORE_INDEX
 
 _BLOCK = 4096
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """A rank's columns: the first one's place in the vocabulary, and how many of them belong to it; `size` in all."""
-
-    start: int
-    valid: int
-    size: int
 
 
 @triton.jit
