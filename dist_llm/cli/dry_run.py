@@ -67,10 +67,9 @@ def _on_device(config: RunConfig, rows: object) -> dict[str, object]:
     from dist_llm.planner.device_memory import device_memory
 
     assert isinstance(rows, list)
-    peak_bytes, device = max(row["peak_bytes"] for row in rows), device_memory(config)
-    held = (peak_bytes + device.workspace_bytes) * (1 + device.fragmentation) + device.reserve_bytes
-    capacity = config.cluster.memory_gib * 2**30
-    return {"device_bytes": round(held), "capacity_bytes": round(capacity), "fits": held <= capacity}
+    held = device_memory(config).in_use(max(row["peak_bytes"] for row in rows))
+    capacity = round(config.cluster.memory_gib * 2**30)
+    return {"device_bytes": held, "capacity_bytes": capacity, "fits": held <= capacity}
 
 
 def _ranks(composed: Composed, asked: int | None) -> int:

@@ -64,7 +64,7 @@ class ModelRequest(Section):
     hidden_size: Count | None = None
     """Width of the hidden states, in elements."""
     num_heads: Count | None = None
-    """Query heads; null: of width 64 below a billion parameters, else 128."""
+    """Query heads; null: of width 64 below a billion parameters, else 128, or of a width near that divides."""
     num_kv_heads: Count | None = None
     """Key and value heads; null: as many as query heads, from 8 billion parameters 8."""
     ffn_hidden_size: Count | None = None

@@ -21,6 +21,10 @@ class DeviceMemory:
     fragmentation: float
     workspace_bytes: int
 
+    def in_use(self, tensor_bytes: int) -> int:
+        """Return the bytes of a device in use where the model's tensors are so many at the most."""
+        return int((tensor_bytes + self.workspace_bytes) * (1 + self.fragmentation)) + self.reserve_bytes
+
 
 FRAGMENTATION = 0.08
 

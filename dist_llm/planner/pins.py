@@ -13,7 +13,7 @@ from dist_llm.config.rules import LAYOUT_RULES
 from dist_llm.config.run import RunConfig
 from dist_llm.errors import Violation
 
-FREE_ONLY_SOMETIMES = "context"
+LONG_ONLY = "context"
 """A setting that is weighed for long sequences alone, and whose other values are tried where it is fixed."""
 
 SPLITS = ("data", "pipeline", "context", "tensor")
@@ -131,7 +131,7 @@ def _cures(pins: Pins, name: str, layouts_left: LayoutsLeft) -> set[Any]:
     found = {_value(config, name) for config in layouts_left(pins.without(name))} - {pins.values[name]}
     if name in FILLING:
         found = {value for value in found if next(layouts_left(pins.with_(name, value)), None) is not None}
-    if name == FREE_ONLY_SOMETIMES:
+    if name == LONG_ONLY:
         near = {2 ** (pins.values[name].bit_length() - 1), 2 ** pins.values[name].bit_length()} - {pins.values[name]}
         found |= {value for value in near if next(layouts_left(pins.with_(name, value)), None) is not None}
     return found

@@ -31,6 +31,7 @@ from dist_llm.planner.refusals import (
     refuse_budget,
     refuse_failures,
     refuse_hours,
+    refuse_little,
     refuse_machines,
     refuse_memory,
     refuse_repetition,
@@ -52,8 +53,8 @@ MOST_ROUNDS = 12
 MOST_REFUSALS = 3
 """Guesses without a plan after which the search for device-hours starts from the smallest plan there is."""
 
-MUCH = 4
-"""Budgets of which the largest plan takes less than one in so many are refused, not planned."""
+MOST_UNSPENT = 4
+"""A budget of so many times what the largest plan takes is refused."""
 
 LEAST_ROUNDS = 12
 """Budgets, each four times the last, that the smallest plan is looked for at."""
@@ -110,7 +111,7 @@ def make_plan(request: PlanRequest, law: Law) -> Plan:
     else:
         plan = _plan_hours(request, law)
     if request.data.tokens and plan.size.loss and plan.size.loss > (guess := math.log(plan.shape.model.vocab_size)):
-        raise refuse_repetition(request, plan.size, guess, lambda tokens: size_of(law, plan, tokens))
+        raise refuse_repetition(request, plan.size, guess, lambda tokens: _size_of(law, plan, tokens))
     if plan.spending.reliability.goodput < LEAST_GOODPUT:
         raise refuse_failures(request, plan.spending)
     if plan.spending.days > MOST_DAYS:
@@ -118,7 +119,7 @@ def make_plan(request: PlanRequest, law: Law) -> Plan:
     return plan
 
 
-def size_of(law: Law, plan: Plan, unique_tokens: float) -> Size:
+def _size_of(law: Law, plan: Plan, unique_tokens: float) -> Size:
     """Return parameters and tokens for the budget of a plan where there is other text."""
     if plan.request.preset is not None:
         return size_of_model(law, plan.size.num_params, plan.flops, unique_tokens)
@@ -152,7 +153,7 @@ def _plan_hours(request: PlanRequest, law: Law) -> Plan:
             plan = _plan_flops(request, law, flops)
         except ConfigError as error:
             # A guess may be more than there is a plan for, and the budget itself be less.
-            if request.parallel.model_fields_set and _same_layout(refusals, error):
+            if _same_layout(refusals, error):
                 raise
             refusals, high = [*refusals, error], flops
             if len(refusals) == MOST_REFUSALS and best is None:
@@ -173,7 +174,7 @@ def _plan_hours(request: PlanRequest, law: Law) -> Plan:
         before = (flops, apart)
         guess = flops * apart ** (1 / slope)
         flops = guess if low < guess < high else math.sqrt(low * high)
-    if refusals and (best is None or MUCH * best.spending.device_hours < hours):
+    if refusals and (best is None or MOST_UNSPENT * best.spending.device_hours < hours):
         raise refusals[0]
     return best or plan
 
@@ -196,9 +197,7 @@ def _least_plan(request: PlanRequest, law: Law, hours: float) -> Plan | None:
         return None
     if (needed := plan.spending.device_hours) <= hours:
         return plan
-    name, budget = next((name, value) for name, value in request.budget.model_dump().items() if value is not None)
-    rule = f"is too little to train anything: the smallest plan here takes {needed:.2g} device-hours"
-    raise ConfigError([Violation(f"budget.{name}", budget, rule, (float(f"{1.1 * budget * needed / hours:.2g}"),))])
+    raise refuse_little(request, f"the smallest plan here takes {needed:.2g} device-hours", needed / hours)
 
 
 def _plan_flops(request: PlanRequest, law: Law, flops: float) -> Plan:
@@ -279,10 +278,8 @@ def _model(request: PlanRequest, law: Law, flops: float) -> tuple[Size, tuple[Sh
         raise ConfigError([Violation("law", request.law, rule, (DEFAULT_LAW, "hoffmann-3", "muennighoff"))])
     size = choose_size(law, flops, unique, request.serving.tokens)
     if size.num_params < FEWEST_PARAMS:
-        rule = f"is too little to train anything: {law.name} asks for {size.num_params:.2g} parameters"
-        name, value = next((name, value) for name, value in request.budget.model_dump().items() if value is not None)
-        near = float(f"{1.1 * value * least_flops(law) / flops:.2g}")
-        raise ConfigError([Violation(f"budget.{name}", value, rule, (near,))])
+        rule = f"{law.name} asks for {size.num_params:.2g} parameters"
+        raise refuse_little(request, rule, least_flops(law) / flops)
     seq_len = _seq_len(request, size.num_params)
     judge = law if size.loss is not None else None
 

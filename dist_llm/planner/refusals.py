@@ -11,7 +11,7 @@ from itertools import islice, takewhile
 from dist_llm.accounting.params import num_parameters
 from dist_llm.config.checks import OF_THIS_MACHINE, RULES, check
 from dist_llm.config.operations import LauncherConfig
-from dist_llm.config.request import LayoutRequest, PlanRequest
+from dist_llm.config.request import PlanRequest
 from dist_llm.config.rules import divisors
 from dist_llm.config.run import RunConfig
 from dist_llm.errors import ConfigError, Violation
@@ -114,6 +114,13 @@ def refuse_failures(request: PlanRequest, spending: Spending) -> ConfigError:
     )
     enough = float(f"{20 * spending.devices * (spending.save_seconds + spending.restart_seconds) / 3600:.1g}")
     return ConfigError([Violation("cluster.mtbf_device_hours", cluster.mtbf_device_hours, rule, (enough,))])
+
+
+def refuse_little(request: PlanRequest, rule: str, times: float) -> ConfigError:
+    """Return the error of a budget that trains nothing, with a tenth more than so many times it."""
+    name, budget = _budget(request)
+    words = f"is too little to train anything: {rule}"
+    return ConfigError([Violation(f"budget.{name}", budget, words, (float(f"{1.1 * budget * times:.2g}"),))])
 
 
 def refuse_repetition(request: PlanRequest, size: Size, guess: float, size_of: Callable[[float], Size]) -> ConfigError:
@@ -222,21 +229,16 @@ def refuse_shapes(request: PlanRequest, num_params: float, has_shapes: Callable[
     violations = [
         Violation(f"model.{name}", value, rule, (None,)) for name, value in fixed.items() if name in cures or not cures
     ]
-    tensor = request.parallel.tensor or 1
+    tensor, pins = request.parallel.tensor or 1, pins_of(request)
     if tensor > 1:
         ranks = (n for n in divisors(node_devices(request.cluster))[::-1] if n != tensor)
-        others = tuple(n for n in ranks if has_shapes(request.model_copy(update={"parallel": _tensor(request, n)})))
+        others = tuple(n for n in ranks if has_shapes(with_pins(request, pins.with_("tensor", n))))
         violations.insert(0, Violation("parallel.tensor", tensor, f"{rule}, split over so many", others[:3]))
     if violations:
         return ConfigError(violations)
     name, budget = _budget(request)
     near = float(f"{budget * min(0.5, (LARGEST_PARAMS / num_params) ** 2):.2g}")
     return ConfigError([Violation(f"budget.{name}", budget, rule, (near,))])
-
-
-def _tensor(request: PlanRequest, ranks: int) -> LayoutRequest:
-    """Return what is fixed of the layout, with so many tensor ranks."""
-    return request.parallel.model_copy(update={"tensor": ranks})
 
 
 def refuse_batch_of(request: PlanRequest, sequences: int, steps: int) -> ConfigError:
