@@ -7,10 +7,12 @@ from typing import Literal
 from dist_llm.config.base import Section
 
 Backend = Literal["auto", "reference", "native"]
+Product = Literal["auto", "reference", "onednn"]
 
 
 class KernelsConfig(Section):
     """What computes an operation: reference: PyTorch; native: the compiled library (CPU; fp32, bf16 and fp16).
+    onednn: the products of torch's oneDNN (CPU; fp32).
 
     auto takes the fastest that was measured for the device and is to be had for it; in bf16 and fp16 the reference.
     """
@@ -29,3 +31,5 @@ class KernelsConfig(Section):
     """Rotary positions of queries and keys, in one pass."""
     cross_entropy: Backend = "auto"
     """The loss of the logits; native writes their gradient over them. engine=megatron has the reference."""
+    linear: Product = "auto"
+    """The products of linear layers and of their inputs' gradients; those of weights' gradients are always the BLAS's."""

@@ -12,6 +12,7 @@ from dist_llm.engine.recipe import DTYPES
 from dist_llm.ops.native import native_library
 from dist_llm.ops.registry import NATIVE, Choice, Kernels, choose_kernels
 from dist_llm.runtime.log import get_logger
+from dist_llm.runtime.machine import processor_maker
 
 log = get_logger(__name__)
 
@@ -34,7 +35,7 @@ def foretold_kernels(config: RunConfig) -> Kernels:
 
 def _choice(config: RunConfig, device: str, required: bool) -> Choice:
     wanted = config.kernels.model_dump(exclude={"required"})
-    return choose_kernels(wanted, required, device, DTYPES[config.precision.compute])
+    return choose_kernels(wanted, required, device, DTYPES[config.precision.compute], processor_maker())
 
 
 def _is_worth_a_warning(choice: Choice) -> bool:

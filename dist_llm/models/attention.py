@@ -15,6 +15,7 @@ from dist_llm.models.norm import RMSNorm
 from dist_llm.models.rope import RopeTable
 from dist_llm.ops.causal_attention import Attend, CausalAttention
 from dist_llm.ops.context_share import ContextShare
+from dist_llm.ops.linear import Linear
 from dist_llm.ops.registry import Kernels
 from dist_llm.ops.rope import rotate_pair
 
@@ -27,10 +28,10 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, rope: RopeTable | None) -> None:
         super().__init__()
         width, head = config.hidden_size, config.head_width
-        self.wq = nn.Linear(width, config.num_heads * head, bias=config.bias)
-        self.wk = nn.Linear(width, config.kv_heads * head, bias=config.bias)
-        self.wv = nn.Linear(width, config.kv_heads * head, bias=config.bias)
-        self.wo = nn.Linear(config.num_heads * head, width, bias=config.bias)
+        self.wq = Linear(width, config.num_heads * head, bias=config.bias)
+        self.wk = Linear(width, config.kv_heads * head, bias=config.bias)
+        self.wv = Linear(width, config.kv_heads * head, bias=config.bias)
+        self.wo = Linear(config.num_heads * head, width, bias=config.bias)
         self.q_norm = RMSNorm(head, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(head, config.norm_eps) if config.qk_norm else None
         self.rope = rope

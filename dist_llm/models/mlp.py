@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from dist_llm.config.model import ModelConfig
 from dist_llm.ops.gelu import gelu
+from dist_llm.ops.linear import Linear
 from dist_llm.ops.registry import Kernels
 from dist_llm.ops.swiglu import swiglu
 
@@ -29,9 +30,9 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width, inner = config.hidden_size, config.ffn_hidden_size
-        self.gate = nn.Linear(width, inner, bias=config.bias) if config.activation == "swiglu" else None
-        self.up = nn.Linear(width, inner, bias=config.bias)
-        self.down = nn.Linear(inner, width, bias=config.bias)
+        self.gate = Linear(width, inner, bias=config.bias) if config.activation == "swiglu" else None
+        self.up = Linear(width, inner, bias=config.bias)
+        self.down = Linear(inner, width, bias=config.bias)
         self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
 
     def forward(self, x: Float[Tensor, "batch seq width"]) -> Float[Tensor, "batch _ width"]:

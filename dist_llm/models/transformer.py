@@ -23,6 +23,7 @@ from dist_llm.models.norm import add_and_norm, build_norm
 from dist_llm.models.rope import RopeTable
 from dist_llm.ops.causal_attention import Attend, CausalAttention
 from dist_llm.ops.context_share import ContextShare
+from dist_llm.ops.linear import Linear
 
 
 class Positions(nn.Embedding):
@@ -99,7 +100,7 @@ class Head(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.norm = build_norm(config, config.hidden_size) if config.norm_placement == "pre" else None
-        self.projection = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.projection = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.scale = config.output_scale
 
     def forward(self, x: Float[Tensor, "batch seq width"]) -> Float[Tensor, "batch _ vocab"]:

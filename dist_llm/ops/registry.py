@@ -2,6 +2,7 @@
 
     reference   PyTorch, here in ops/: what every other backend is tested against; always to be had
     native      the compiled library (ops/native.py)
+    onednn      matrix products of torch's oneDNN in place of its BLAS (ops/linear.py)
 
 The choice is a frozen value that is handed down to the modules; nothing is decided at a call.
 """
@@ -19,7 +20,7 @@ from dist_llm.errors import ConfigError, Violation
 from dist_llm.ops import cross_entropy, gelu, layer_norm, rms_norm, rope, swiglu
 from dist_llm.ops.native import missing_ops, native_library
 
-REFERENCE, NATIVE, AUTO = "reference", "native", "auto"
+REFERENCE, NATIVE, ONEDNN, AUTO = "reference", "native", "onednn", "auto"
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -33,6 +34,7 @@ class Kernels:
     swiglu: str = REFERENCE
     rope: str = REFERENCE
     cross_entropy: str = REFERENCE
+    linear: str = REFERENCE
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,10 @@ PREFERRED: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {"cpu": dict.fromkeys(("rms_norm", "gelu", "swiglu", "rope", "cross_entropy"), NATIVE)}
 )
 """By kind of device, what `auto` takes for each op: what was measured to be fastest (kernels/*/README.md)."""
+
+ONEDNN_PROCESSORS = (("AuthenticAMD", "AVX512"),)
+"""Makers and widest vectors of the processors on which `auto` takes oneDNN's products: torch's BLAS there is MKL, which
+computes with half of the vector (kernels/linear/README.md)."""
 
 AUTO_DTYPES = (torch.float32,)
 """Formats in which `auto` takes anything but the reference. A CPU is some 45 times slower in bf16 and fp16: such runs
@@ -107,6 +113,8 @@ def _problem(op: str, backend: str, device: str, dtype: torch.dtype) -> str | No
     """Say why a backend cannot compute an op on a device in a format, None where it can."""
     if backend == REFERENCE:
         return None
+    if backend == ONEDNN:
+        return _onednn_problem(device, dtype)
     if device not in NATIVE_OPS[op].devices:
         return f"native {op} is for {', '.join(NATIVE_OPS[op].devices)} alone, not {device}"
     if dtype not in NATIVE_DTYPES:
@@ -114,20 +122,32 @@ def _problem(op: str, backend: str, device: str, dtype: torch.dtype) -> str | No
     return native_problem(op)
 
 
-def _preferred(op: str, device: str, dtype: torch.dtype) -> str:
+def _onednn_problem(device: str, dtype: torch.dtype) -> str | None:
+    if device != "cpu" or dtype != torch.float32:
+        return f"oneDNN multiplies on a CPU in fp32, not on {device} in {str(dtype).removeprefix('torch.')}"
+    return None if torch.backends.mkldnn.is_available() else "this torch has no oneDNN"
+
+
+def _preferred(op: str, device: str, dtype: torch.dtype, maker: str) -> str:
     """Return what `auto` takes for an op."""
-    return PREFERRED.get(device, {}).get(op, REFERENCE) if dtype in AUTO_DTYPES else REFERENCE
+    if dtype not in AUTO_DTYPES:
+        return REFERENCE
+    if op == "linear" and _onednn_problem(device, dtype) is None:
+        return ONEDNN if (maker, torch.backends.cpu.get_cpu_capability()) in ONEDNN_PROCESSORS else REFERENCE
+    return PREFERRED.get(device, {}).get(op, REFERENCE)
 
 
-def choose_kernels(wanted: Mapping[str, str], required: bool, device: str, dtype: torch.dtype) -> Choice:
+def choose_kernels(
+    wanted: Mapping[str, str], required: bool, device: str, dtype: torch.dtype, maker: str = ""
+) -> Choice:
     """Return the backend of each op for a kind of device and the format of activations; wanted: by op, or `auto`.
 
-    What cannot be had falls back to the reference; with `required` that raises ConfigError, which names each.
+    maker: the processor's, as it calls itself. What cannot be had falls back to the reference; with `required` that raises ConfigError, which names each.
     """
     kernels, fallbacks = Kernels(), {}
     for name in (field.name for field in fields(Kernels)):
         asked = wanted.get(name, AUTO)
-        backend = _preferred(name, device, dtype) if asked == AUTO else asked
+        backend = _preferred(name, device, dtype, maker) if asked == AUTO else asked
         problem = _problem(name, backend, device, dtype)
         if problem is None:
             kernels = replace(kernels, **{name: backend})

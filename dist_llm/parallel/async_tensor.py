@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dist_llm.ops.linear import WeightGradients, leave_or_give
+from dist_llm.ops.linear import Linear, WeightGradients, leave_or_give
 from dist_llm.parallel.tensor import RowParallelLinear, style_of
 from dist_llm.runtime.device import share_memory
 from dist_llm.runtime.log import get_logger
@@ -81,10 +81,9 @@ class _RowScatter(torch.autograd.Function):
         return grad_x, grad_weight, None, None
 
 
-class AsyncColumnLinear(nn.Linear):
+class AsyncColumnLinear(Linear):
     """A column linear whose output was made as its region was entered."""
 
-    later: WeightGradients | None = None
     ready: Tensor
 
     def forward(self, x: Float[Tensor, "batch seq inputs"]) -> Float[Tensor, "batch seq outputs"]:

@@ -11,32 +11,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from dist_llm.ops.linear import WeightGradients, linear
+from dist_llm.ops.linear import WeightGradients
 from dist_llm.parallel.whole_gradients import complete, param_groups
 
 
-class SplitLinear(nn.Linear):
-    """A linear whose weight gradient is computed by `later`."""
-
-    later: WeightGradients | None = None
-
-    def forward(self, x: Float[Tensor, "*rows inputs"]) -> Float[Tensor, "*rows outputs"]:
-        """Map x."""
-        return linear(x, self.weight, self.bias, self.later)
-
-
 def apply_weight_gradients(model: nn.Module, later: WeightGradients) -> None:
-    """Make every linear of a stage leave its weight gradient to `later`, in place.
-
-    Those are torch's, and every module that says so by its attribute `later`.
-    """
+    """Make every linear of a stage leave its weight gradient to `later`, in place: whatever has that attribute."""
     for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = SplitLinear
         if hasattr(module, "later"):
             module.later = later  # type: ignore[assignment]
 

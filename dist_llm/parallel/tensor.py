@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dist_llm.accounting.params import padded_vocab
-from dist_llm.ops.linear import WeightGradients, linear
+from dist_llm.ops.linear import Linear, linear
 from dist_llm.parallel.collectives import enter_region, leave_region
 from dist_llm.runtime.mesh import Axis
 from dist_llm.types import ShardPlan, Style
@@ -42,16 +42,15 @@ ShardTable = Mapping[str, LogicalTensor]
 """Parameter name to its logical tensor, for the parameters of one stage."""
 
 
-class RowParallelLinear(nn.Linear):
+class RowParallelLinear(Linear):
     """A linear over this rank's input features; its output is summed over tp, then the bias is added once."""
 
     axis: Axis
     sequence: bool
-    later: WeightGradients | None = None
 
     def forward(self, x: Float[Tensor, "batch seq inputs"]) -> Float[Tensor, "batch _ outputs"]:
         """Map this rank's inputs (seq or seq/tp tokens come back). One all-reduce, or reduce-scatter, over tp."""
-        out = leave_region(linear(x, self.weight, None, self.later), self.axis, self.sequence)
+        out = leave_region(linear(x, self.weight, None, self.later, self.kernels.linear), self.axis, self.sequence)
         bias: Tensor | None = self.bias
         return out if bias is None else out + bias
 

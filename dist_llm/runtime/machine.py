@@ -72,6 +72,16 @@ def host_memory_gib() -> float:
     return least / _GIB
 
 
+def processor_maker() -> str:
+    """Return what this host's processor says of its maker (AuthenticAMD, GenuineIntel), or nothing where it does not."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    found = re.search(r"^vendor_id\s*:\s*(\S+)", text, re.MULTILINE)
+    return found[1] if found else ""
+
+
 def find_cxx() -> Path | None:
     """Return the C++ compiler: CXX if that is set, else the first of c++, g++ and clang++ on the path."""
     named = os.environ.get("CXX", "").split()
