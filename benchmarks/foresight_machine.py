@@ -1,9 +1,11 @@
 """A hardware file from five runs on this machine, and what it foretells of ten others: step time and live bytes.
 
-    python -m benchmarks.foresight_machine [FOLDER] [--json]
+    python -m benchmarks.foresight_machine [FOLDER] [--rounds N] [--json]
 
-Runs of one to four ranks train for 48 steps each on an otherwise idle CPU (about ten minutes); those in FOLDER are not
-run again. Live bytes are all that a rank's tensors hold at most in a step, counted at every operation.
+Runs of one to four ranks train for 24 steps each on an otherwise idle CPU, all of them in each of four rounds (about
+twenty minutes): what else a machine does lengthens a step, so a run's time is the least of the rounds' medians, of what
+is fitted and of what is foretold alike. Those in FOLDER are not run again. Live bytes are all that a rank's tensors
+hold at most in a step, counted at every operation.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from dist_llm.runtime.pool import WorkerPool
 from dist_llm.train.bench_step import random_batch
 
 COMMON = (
-    "run.steps=48 run.resume=never model=llama-tiny model.vocab_size=1024 model.num_heads=4 model.num_kv_heads=4 "
+    "run.steps=24 run.resume=never model=llama-tiny model.vocab_size=1024 model.num_heads=4 model.num_kv_heads=4 "
     "model.max_seq_len=512 data.max_corpus_mib=4 telemetry.tensorboard=false telemetry.picture=false "
     "checkpoint.interval=0"
 )
@@ -120,7 +122,7 @@ def memory_error(pool: WorkerPool, config: RunConfig) -> float:
 
 
 def _train(folder: Path, run: Run) -> Path:
-    """Train a run as a user does, unless it has been; return its folder."""
+    """Train a run in a folder as a user does, unless it has been; return its own folder."""
     place = folder / run.name
     if not (place / "report.html").is_file():
         words = [sys.executable, "-m", "dist_llm", "launch", f"run.dir={folder}", *run.words]
@@ -132,16 +134,20 @@ def main() -> None:
     """Train, calibrate, foretell, and print how far off each is."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folder", nargs="?", type=Path, help="where the runs are, or go (a temporary folder)")
+    parser.add_argument("--rounds", type=int, default=4, metavar="N", help="how often each run is run (4)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="foresight-"))
-    fitted, unseen = ([_train(folder, run) for run in runs] for runs in (FITTED, UNSEEN))
+    rounds = [[_train(folder / f"round{i}", run) for run in (*FITTED, *UNSEEN)] for i in range(arguments.rounds)]
+    fitted = [place for places in rounds for place in places[: len(FITTED)]]
+    unseen = [place for places in rounds for place in places[len(FITTED) :]]
     words = [sys.executable, "-m", "dist_llm", "plan", "calibrate", *map(str, fitted), "--json"]
     words += ["--write", str(folder / "machine.yaml"), "--hold-out", *map(str, unseen)]
     answer = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
     times = {Path(row["name"]).name: row["error"] for row in answer["held_out"]}
     with WorkerPool(4) as pool:
-        memory = {place.name: memory_error(pool, decode(read_document(place / "config.yaml"))) for place in unseen}
+        configs = {run.name: decode(read_document(folder / "round0" / run.name / "config.yaml")) for run in UNSEEN}
+        memory = {name: memory_error(pool, config) for name, config in configs.items()}
     if arguments.json:
         print(json.dumps({"step_seconds": times, "live_bytes": memory}))
         return

@@ -18,12 +18,16 @@ _EPILOG = """\
   dist-llm plan predict cluster=box.yaml model=llama-tiny parallel.tensor=2 --json
 
 RUN is the folder of a run: config.yaml and the step_seconds of metrics.jsonl, the first quarter of them left out. Runs
-should differ in what they are bound by: a wide model, a narrow one, tensor ranks, data ranks, a long pipeline.
---hold-out names runs that are predicted and not fitted."""
+should differ in what they are bound by: a wide model, a narrow one, tensor ranks, data ranks, a long pipeline. Of runs
+that differ in run.* only, the fastest counts: what else a machine does lengthens a run. --hold-out names runs that are
+predicted and not fitted."""
 
 FEWEST_STEPS = 4
 FAR, MOST_ERROR = 10, 0.15
 """Figures that are moved by more than the first, and mean errors above the second, are spoken of."""
+
+UNSTEADY = 1.5
+"""Repeats of a run whose slowest takes this many times the fastest's step are spoken of."""
 
 FEWEST_JUDGED = 5
 """Runs that must be held out for the hardware file to say how far off its steps are."""
@@ -43,13 +47,13 @@ def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
 def calibrate_runs(arguments: argparse.Namespace) -> Answer:
     """Fit the hardware's figures to the runs and show predicted beside measured."""
     from dist_llm.config.document import render_document
-    from dist_llm.planner.calibration import calibrate, predicted_seconds
+    from dist_llm.planner.calibration import calibrate, least_of_repeats, predicted_seconds
 
     held_out = {path.resolve() for path in arguments.hold_out}
-    fitted = [_observe(path) for path in arguments.runs if path.resolve() not in held_out]
+    fitted = least_of_repeats([_observe(path) for path in arguments.runs if path.resolve() not in held_out])
     if not fitted:
         raise ConfigError("every run is held out: leave one at least to fit")
-    others = [_observe(path) for path in arguments.hold_out]
+    others = least_of_repeats([_observe(path) for path in arguments.hold_out])
     cluster = fitted[0].config.cluster
     for each in (*fitted, *others):
         if each.config.cluster.device != cluster.device:
@@ -65,7 +69,7 @@ def calibrate_runs(arguments: argparse.Namespace) -> Answer:
         "runs": [_row(each, found.before[each.name], found.after[each.name]) for each in fitted],
         "held_out": [_row(each, None, blind[each.name]) for each in others],
         "mean_error": found.mean_error,
-        "notes": (notes := _doubts(found)),
+        "notes": (notes := [*_doubts(found), *_unsteady([*fitted, *others])]),
     }
     lines = [f"{name}: {before:.4g} -> {after:.4g}" for name, (before, after) in found.moved.items()]
     lines += [f"  {each.name}: {each.step_seconds:.4g} s, predicted {found.after[each.name]:+.1%}" for each in fitted]
@@ -96,6 +100,15 @@ def _doubts(found: Calibration) -> list[str]:
     return doubts
 
 
+def _unsteady(observations: list[Observation]) -> list[str]:
+    """Return which runs took another time when they were run again."""
+    return [
+        f"{each.name}: its repeats take {min(each.repeats):.4g} to {max(each.repeats):.4g} s a step"
+        for each in observations
+        if each.repeats and max(each.repeats) > UNSTEADY * min(each.repeats)
+    ]
+
+
 def _step_error(errors: list[float]) -> float | None:
     """Return within what nine of ten runs that were not fitted were foretold; None with fewer than FEWEST_JUDGED."""
     if len(errors) < FEWEST_JUDGED:
@@ -107,6 +120,7 @@ def _row(observation: Observation, before: float | None, after: float) -> dict[s
     seconds = observation.step_seconds
     return {
         "name": observation.name,
+        "repeats": observation.repeats,
         "measured_seconds": seconds,
         "predicted_seconds": seconds * (1 + after),
         "error": after,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from dist_llm.config.cluster import ClusterConfig, PeakTflops
@@ -29,12 +29,13 @@ _COMMON = ("memory_gb_per_second", "dispatch_microseconds", "link_gb_per_second"
 
 @dataclass(frozen=True)
 class Observation:
-    """A run that was timed: its config, its ranks, and the median time of its later steps."""
+    """A run that was timed: its config, its ranks, the median time of its later steps, and of each of its repeats."""
 
     name: str
     config: RunConfig
     ranks: int
     step_seconds: float
+    repeats: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,21 @@ def predicted_seconds(observation: Observation, cluster: ClusterConfig) -> float
 def settled_seconds(step_seconds: Sequence[float]) -> float:
     """Return the median of a run's steps without its first quarter, in which it warms up."""
     return median(step_seconds[len(step_seconds) // 4 :])
+
+
+def least_of_repeats(observations: Sequence[Observation]) -> list[Observation]:
+    """Return one observation of each run, the least of those that differ in nothing but `run.*`, in order.
+
+    What else a machine does lengthens a run and never shortens it; repeats that are spread over time tell it apart.
+    """
+    found: dict[str, list[Observation]] = {}
+    for each in observations:
+        found.setdefault(f"{each.ranks} {each.config.model_dump_json(exclude={'run'})}", []).append(each)
+    return [
+        replace(same[0], step_seconds=min(times), repeats=times if len(times) > 1 else ())
+        for same in found.values()
+        for times in [tuple(each.step_seconds for each in same)]
+    ]
 
 
 def _figures(cluster: ClusterConfig) -> tuple[str, ...]:

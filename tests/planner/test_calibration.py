@@ -14,7 +14,7 @@ from dist_llm.cli.rows import read_row
 from dist_llm.config.cluster import ClusterConfig
 from dist_llm.config.document import render_document
 from dist_llm.errors import ExitCode
-from dist_llm.planner.calibration import Observation, calibrate, predicted_seconds, settled_seconds
+from dist_llm.planner.calibration import Observation, calibrate, least_of_repeats, predicted_seconds, settled_seconds
 
 Words = dict[str, object]
 
@@ -84,6 +84,18 @@ def test_the_first_steps_do_not_count() -> None:
     assert settled_seconds([9.0, 9.0, 1.0, 2.0, 1.0, 1.5, 1.2, 1.1]) == pytest.approx(1.15)
 
 
+def test_the_fastest_of_repeats_counts(truth: ClusterConfig) -> None:
+    first, other = (_observe(words, truth) for words in SHAPES[:2])
+    renamed = first.config.model_copy(update={"run": first.config.run.model_copy(update={"name": "again"})})
+    again = Observation("again", renamed, first.ranks, first.step_seconds / 2)
+    least, alone = least_of_repeats([first, other, again])
+    assert (least.name, least.step_seconds) == (first.name, first.step_seconds / 2)
+    assert least.repeats == (first.step_seconds, first.step_seconds / 2)
+    assert alone == other
+    elsewhere = Observation("two ranks", first.config, 2, 1.0)
+    assert least_of_repeats([first, elsewhere]) == [first, elsewhere]
+
+
 def _folder(folder: Path, observation: Observation) -> Path:
     folder.mkdir()
     launcher = observation.config.launcher.model_copy(update={"nproc": observation.ranks})
@@ -116,7 +128,8 @@ def test_figures_that_are_worth_little_are_said_to_be(
     runs = [_folder(tmp_path / f"run{i}", _observe(words, truth)) for i, words in enumerate(SHAPES)]
     assert main(["plan", "calibrate", *map(str, runs), "--json"]) == ExitCode.DONE
     assert json.loads(capsys.readouterr().out)["notes"] == []
-    disturbed = [_folder(tmp_path / f"{i}", _observe(SHAPES[0], truth)) for i in range(2)]
+    shapes: list[Words] = [SHAPES[0], {**SHAPES[0], "optimizer.lr": 1e-4}]
+    disturbed = [_folder(tmp_path / f"{i}", _observe(words, truth)) for i, words in enumerate(shapes)]
     lines = disturbed[0] / "metrics.jsonl"
     lines.write_text(lines.read_text().replace('"step_seconds": ', '"step_seconds": 1000'))
     assert main(["plan", "calibrate", *map(str, disturbed)]) == ExitCode.DONE
@@ -124,6 +137,9 @@ def test_figures_that_are_worth_little_are_said_to_be(
     assert "2 runs for 5 figures" in said
     assert "was the machine doing other work?" in said
     assert "do not rely on these figures" in said
+    repeat = _folder(tmp_path / "repeat", _observe(SHAPES[0], truth))
+    assert main(["plan", "calibrate", str(disturbed[0]), str(repeat)]) == ExitCode.DONE
+    assert "its repeats take" in capsys.readouterr().out
 
 
 def test_bad_input(tmp_path: Path, truth: ClusterConfig, capsys: pytest.CaptureFixture[str]) -> None:
