@@ -3,7 +3,7 @@
     python -m benchmarks.foresight_machine [FOLDER] [--rounds N] [--json]
 
 Runs of one to four ranks train for 24 steps each on an otherwise idle CPU, all of them in each of four rounds (about
-twenty minutes): what else a machine does lengthens a step, so a run's time is the least of the rounds' medians, of what
+twenty minutes): what else a machine does lengthens a step, so a run's time is the fastest step of all rounds, of what
 is fitted and of what is foretold alike. Those in FOLDER are not run again. Live bytes are all that a rank's tensors
 hold at most in a step, counted at every operation.
 """

@@ -19,8 +19,8 @@ _EPILOG = """\
 
 RUN is the folder of a run: config.yaml and the step_seconds of metrics.jsonl, the first quarter of them left out. Runs
 should differ in what they are bound by: a wide model, a narrow one, tensor ranks, data ranks, a long pipeline. Of runs
-that differ in run.* only, the fastest counts: what else a machine does lengthens a run. --hold-out names runs that are
-predicted and not fitted."""
+that differ in run.* only, the fastest step counts: what else a machine does lengthens steps. --hold-out names runs that
+are predicted and not fitted."""
 
 FEWEST_STEPS = 4
 FAR, MOST_ERROR = 10, 0.15
@@ -47,13 +47,13 @@ def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
 def calibrate_runs(arguments: argparse.Namespace) -> Answer:
     """Fit the hardware's figures to the runs and show predicted beside measured."""
     from dist_llm.config.document import render_document
-    from dist_llm.planner.calibration import calibrate, least_of_repeats, predicted_seconds
+    from dist_llm.planner.calibration import calibrate, join_repeats, predicted_seconds
 
     held_out = {path.resolve() for path in arguments.hold_out}
-    fitted = least_of_repeats([_observe(path) for path in arguments.runs if path.resolve() not in held_out])
+    fitted = join_repeats([_observe(path) for path in arguments.runs if path.resolve() not in held_out])
     if not fitted:
         raise ConfigError("every run is held out: leave one at least to fit")
-    others = least_of_repeats([_observe(path) for path in arguments.hold_out])
+    others = join_repeats([_observe(path) for path in arguments.hold_out])
     cluster = fitted[0].config.cluster
     for each in (*fitted, *others):
         if each.config.cluster.device != cluster.device:
@@ -142,7 +142,7 @@ def _observe(folder: Path) -> Observation:
     if len(seconds) < FEWEST_STEPS:
         raise DataError(f"{folder}: {len(seconds)} steps are timed, and {FEWEST_STEPS} are needed")
     launcher = config.launcher
-    return Observation(str(folder), config, launcher.nproc * launcher.nodes, settled_seconds(seconds))
+    return Observation(str(folder), config, launcher.nproc * launcher.nodes, *settled_seconds(seconds))
 
 
 CALIBRATE = Command("a hardware file of this machine from runs on it", add_calibrate_arguments, calibrate_runs)

@@ -29,12 +29,13 @@ _COMMON = ("memory_gb_per_second", "dispatch_microseconds", "link_gb_per_second"
 
 @dataclass(frozen=True)
 class Observation:
-    """A run that was timed: its config, its ranks, the median time of its later steps, and of each of its repeats."""
+    """A run that was timed: its config, its ranks, the time of a step and of the fastest; repeats: medians of each."""
 
     name: str
     config: RunConfig
     ranks: int
     step_seconds: float
+    fastest_seconds: float
     repeats: tuple[float, ...] = ()
 
 
@@ -81,24 +82,28 @@ def predicted_seconds(observation: Observation, cluster: ClusterConfig) -> float
     return predict_step(observation.config.model_copy(update={"cluster": cluster}), observation.ranks).seconds
 
 
-def settled_seconds(step_seconds: Sequence[float]) -> float:
-    """Return the median of a run's steps without its first quarter, in which it warms up."""
-    return median(step_seconds[len(step_seconds) // 4 :])
+def settled_seconds(step_seconds: Sequence[float]) -> tuple[float, float]:
+    """Return the median and the least of a run's steps without its first quarter, in which it warms up."""
+    settled = step_seconds[len(step_seconds) // 4 :]
+    return median(settled), min(settled)
 
 
-def least_of_repeats(observations: Sequence[Observation]) -> list[Observation]:
-    """Return one observation of each run, the least of those that differ in nothing but `run.*`, in order.
+def join_repeats(observations: Sequence[Observation]) -> list[Observation]:
+    """Return one observation of runs that differ in nothing but `run.*`, in order; its step is the fastest of them all.
 
-    What else a machine does lengthens a run and never shortens it; repeats that are spread over time tell it apart.
+    What else a machine does lengthens a step and never shortens it, and repeats that are spread over time tell it from
+    the run. Nothing tells it in a run that is alone, whose median stays.
     """
     found: dict[str, list[Observation]] = {}
     for each in observations:
         found.setdefault(f"{each.ranks} {each.config.model_dump_json(exclude={'run'})}", []).append(each)
-    return [
-        replace(same[0], step_seconds=min(times), repeats=times if len(times) > 1 else ())
-        for same in found.values()
-        for times in [tuple(each.step_seconds for each in same)]
-    ]
+    return [same[0] if len(same) == 1 else _joined(same) for same in found.values()]
+
+
+def _joined(same: Sequence[Observation]) -> Observation:
+    fastest = min(each.fastest_seconds for each in same)
+    repeats = tuple(each.step_seconds for each in same)
+    return replace(same[0], step_seconds=fastest, fastest_seconds=fastest, repeats=repeats)
 
 
 def _figures(cluster: ClusterConfig) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from dist_llm.cli.rows import read_row
 from dist_llm.config.cluster import ClusterConfig
 from dist_llm.config.document import render_document
 from dist_llm.errors import ExitCode
-from dist_llm.planner.calibration import Observation, calibrate, least_of_repeats, predicted_seconds, settled_seconds
+from dist_llm.planner.calibration import Observation, calibrate, join_repeats, predicted_seconds, settled_seconds
 
 Words = dict[str, object]
 
@@ -47,8 +47,9 @@ UNSEEN: list[Words] = [
 def _observe(words: Words, truth: ClusterConfig | None) -> Observation:
     config, ranks = read_row({"cluster": "cpu", "cluster.devices_per_node": 4, "model.vocab_size": 512, **words})
     name = str(sorted(words.items()))
-    blank = Observation(name, config, ranks, 1.0)
-    return Observation(name, config, ranks, predicted_seconds(blank, truth or config.cluster))
+    blank = Observation(name, config, ranks, 1.0, 1.0)
+    seconds = predicted_seconds(blank, truth or config.cluster)
+    return Observation(name, config, ranks, seconds, seconds)
 
 
 @pytest.fixture
@@ -81,19 +82,19 @@ def test_what_runs_say_nothing_of_stays(truth: ClusterConfig) -> None:
 
 
 def test_the_first_steps_do_not_count() -> None:
-    assert settled_seconds([9.0, 9.0, 1.0, 2.0, 1.0, 1.5, 1.2, 1.1]) == pytest.approx(1.15)
+    assert settled_seconds([9.0, 9.0, 1.0, 2.0, 1.0, 1.5, 1.2, 1.1]) == (pytest.approx(1.15), 1.0)
 
 
 def test_the_fastest_of_repeats_counts(truth: ClusterConfig) -> None:
     first, other = (_observe(words, truth) for words in SHAPES[:2])
     renamed = first.config.model_copy(update={"run": first.config.run.model_copy(update={"name": "again"})})
-    again = Observation("again", renamed, first.ranks, first.step_seconds / 2)
-    least, alone = least_of_repeats([first, other, again])
-    assert (least.name, least.step_seconds) == (first.name, first.step_seconds / 2)
+    again = Observation("again", renamed, first.ranks, first.step_seconds / 2, first.step_seconds / 3)
+    least, alone = join_repeats([first, other, again])
+    assert (least.name, least.step_seconds) == (first.name, first.step_seconds / 3)
     assert least.repeats == (first.step_seconds, first.step_seconds / 2)
     assert alone == other
-    elsewhere = Observation("two ranks", first.config, 2, 1.0)
-    assert least_of_repeats([first, elsewhere]) == [first, elsewhere]
+    elsewhere = Observation("two ranks", first.config, 2, 1.0, 1.0)
+    assert join_repeats([first, elsewhere]) == [first, elsewhere]
 
 
 def _folder(folder: Path, observation: Observation) -> Path:
