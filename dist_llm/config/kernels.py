@@ -32,4 +32,4 @@ class KernelsConfig(Section):
     cross_entropy: Backend = "auto"
     """The loss of the logits; native writes their gradient over them. engine=megatron has the reference."""
     linear: Product = "auto"
-    """The products of linear layers and of their inputs' gradients; those of weights' gradients are always the BLAS's."""
+    """The products of linear layers and of their inputs' gradients; those of weights' gradients are the BLAS's."""

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from dist_llm.ops.autograd import dense_like, register_last, register_op
+from dist_llm.ops.autograd import call_op, dense_like, register_last, register_op
 
 NATIVE_OPS = ("gelu", "bias_gelu", "gelu_backward", "bias_gelu_backward")
 
@@ -22,7 +22,7 @@ NATIVE_OPS = ("gelu", "bias_gelu", "gelu_backward", "bias_gelu_backward")
 def gelu(x: Float[Tensor, "*rows width"], backend: str = "reference") -> Float[Tensor, "*rows width"]:
     """Return the tanh form of GELU, in x's format."""
     if backend == "native":
-        out: Tensor = torch.ops.dist_llm.gelu(x)
+        out: Tensor = call_op("gelu", x)
         return out
     return functional.gelu(x, approximate="tanh")
 
@@ -32,7 +32,7 @@ def bias_gelu(
 ) -> Float[Tensor, "*rows width"]:
     """Return the tanh form of GELU of x + bias, in x's format."""
     if backend == "native":
-        out: Tensor = torch.ops.dist_llm.bias_gelu(x, bias)
+        out: Tensor = call_op("bias_gelu", x, bias)
         return out
     return functional.gelu(x + bias, approximate="tanh").to(x.dtype)
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from dist_llm.ops.autograd import dense_like, register_last, register_op, row_numbers
+from dist_llm.ops.autograd import call_op, dense_like, register_last, register_op, row_numbers
 
 NATIVE_OPS = ("layer_norm", "add_layer_norm", "layer_norm_backward")
 
@@ -27,7 +27,7 @@ def layer_norm(
 ) -> Float[Tensor, "*rows width"]:
     """Normalise the last dim of x to mean 0 and variance 1, scale it by weight and add bias; result in x's format."""
     if backend == "native":
-        out: Tensor = torch.ops.dist_llm.layer_norm(x, weight, bias, eps)[0]
+        out: Tensor = call_op("layer_norm", x, weight, bias, eps)[0]
         return out
     return functional.layer_norm(x, weight.shape, weight, bias, eps)
 
@@ -41,7 +41,7 @@ def add_layer_norm(
 ) -> tuple[Float[Tensor, "*rows width"], Float[Tensor, "*rows width"]]:
     """Return the norm of x + residual, and that sum; both in x's format. scale: weight and bias."""
     if backend == "native":
-        normed, total, _, _ = torch.ops.dist_llm.add_layer_norm(x, residual, *scale, eps)
+        normed, total, _, _ = call_op("add_layer_norm", x, residual, *scale, eps)
         return normed, total
     total = x + residual
     return layer_norm(total, *scale, eps), total

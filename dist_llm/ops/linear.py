@@ -156,9 +156,7 @@ def linear(
     return out
 
 
-def _linear_with_queue(
-    x: Tensor, weight: Tensor, bias: Tensor | None, later: WeightGradients, backend: str
-) -> Tensor:
+def _linear_with_queue(x: Tensor, weight: Tensor, bias: Tensor | None, later: WeightGradients, backend: str) -> Tensor:
     out: Tensor = _Linear.apply(x, weight, bias, later, backend)  # type: ignore[no-untyped-call]
     return out
 

@@ -125,7 +125,8 @@ def _problem(op: str, backend: str, device: str, dtype: torch.dtype) -> str | No
 def _onednn_problem(device: str, dtype: torch.dtype) -> str | None:
     if device != "cpu" or dtype != torch.float32:
         return f"oneDNN multiplies on a CPU in fp32, not on {device} in {str(dtype).removeprefix('torch.')}"
-    return None if torch.backends.mkldnn.is_available() else "this torch has no oneDNN"
+    has_it: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return None if has_it else "this torch has no oneDNN"
 
 
 def _preferred(op: str, device: str, dtype: torch.dtype, maker: str) -> str:
@@ -142,7 +143,8 @@ def choose_kernels(
 ) -> Choice:
     """Return the backend of each op for a kind of device and the format of activations; wanted: by op, or `auto`.
 
-    maker: the processor's, as it calls itself. What cannot be had falls back to the reference; with `required` that raises ConfigError, which names each.
+    maker: the processor's, as it calls itself. What cannot be had falls back to the reference; with `required` that
+    raises ConfigError, which names each.
     """
     kernels, fallbacks = Kernels(), {}
     for name in (field.name for field in fields(Kernels)):

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dist_llm.ops.autograd import dense_like, register_last, register_op, row_numbers
+from dist_llm.ops.autograd import call_op, dense_like, register_last, register_op, row_numbers
 
 NATIVE_OPS = ("rms_norm", "add_rms_norm", "rms_norm_backward")
 
@@ -59,7 +59,7 @@ def rms_norm(
     """Normalise the last dim of x by its root mean square and scale it by weight; result in x's format."""
     out: Tensor
     if backend == "native":
-        out = torch.ops.dist_llm.rms_norm(x, weight, eps)[0]
+        out = call_op("rms_norm", x, weight, eps)[0]
     else:
         out = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return out
@@ -74,7 +74,7 @@ def add_rms_norm(
 ) -> tuple[Float[Tensor, "*rows width"], Float[Tensor, "*rows width"]]:
     """Return the norm of x + residual, and that sum; both in x's format."""
     if backend == "native":
-        normed, total, _ = torch.ops.dist_llm.add_rms_norm(x, residual, weight, eps)
+        normed, total, _ = call_op("add_rms_norm", x, residual, weight, eps)
         return normed, total
     total = x + residual
     return rms_norm(total, weight, eps), total

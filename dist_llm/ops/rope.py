@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from dist_llm.ops.autograd import dense_like, register_op
+from dist_llm.ops.autograd import call_op, dense_like, register_op
 
 NATIVE_OPS = ("rope",)
 
@@ -78,7 +78,7 @@ def rotate_pair(
 ) -> tuple[Float[Tensor, "batch seq heads head_dim"], Float[Tensor, "batch seq kv_heads head_dim"]]:
     """Rotate query and key by the table (cos, sin; half: head_dim / 2), in the wider of their formats."""
     if backend == "native":
-        out: tuple[Tensor, Tensor] = torch.ops.dist_llm.rope(query, key, *table, False)
+        out: tuple[Tensor, Tensor] = call_op("rope", query, key, *table, False)
         return out
     return rotate(query, *table), rotate(key, *table)
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from dist_llm.ops.autograd import dense_like, register_last, register_op
+from dist_llm.ops.autograd import call_op, dense_like, register_last, register_op
 
 NATIVE_OPS = ("swiglu", "swiglu_backward")
 
@@ -43,7 +43,7 @@ def swiglu(
     """Return silu(gate) * up."""
     out: Tensor
     if backend == "native":
-        out = torch.ops.dist_llm.swiglu(gate, up)
+        out = call_op("swiglu", gate, up)
     else:
         out = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
     return out
