@@ -1,7 +1,7 @@
 """The steps that peers.py times, of ours and of plain PyTorch: one optimizer step on one global batch each.
 
     ours         the engine's step, as `dist-llm bench step` times it
-    bare         our model, loss and optimizer in a loop of ten lines: what is missing to ours is the framework
+    bare         our model, kernels, loss and optimizer in a loop of ten lines: what is missing to ours is the framework
     plain        the model of peers_model.py, torch.optim.AdamW(fused=True) and clip_grad_norm_; DDP over dp
     gemm_floor   nothing but the matrix products of the linear layers and the head, forward and backward
 
@@ -22,6 +22,7 @@ from benchmarks.peers_model import PlainTransformer
 from dist_llm.accounting.stages import plan_stages
 from dist_llm.config.model import ModelConfig
 from dist_llm.config.run import RunConfig
+from dist_llm.engine.kernels import kernels_for
 from dist_llm.engine.model import splittable
 from dist_llm.engine.native import NativeEngine
 from dist_llm.optim.adamw import AdamW
@@ -101,7 +102,8 @@ def build_ours(config: RunConfig, mesh: Mesh) -> Contestant:
 def build_bare(config: RunConfig, mesh: Mesh) -> Contestant:
     """Return a loop over our model, loss and optimizer."""
     require_one_process(mesh, "the bare loop")
-    family = splittable(config.model, config.run.seed)
+    kernels = kernels_for(config, mesh.device)
+    family = splittable(config.model, config.run.seed, kernels)
     model = family.build(plan_stages(config.model, 1)[0])
     family.allocate(model, mesh.device, mesh.device)
     family.tie(model)
@@ -111,12 +113,15 @@ def build_bare(config: RunConfig, mesh: Mesh) -> Contestant:
     datas = [weight.detach() for weight in weights]
     optimizer = AdamW(datas, [weight.dim() >= 2 for weight in weights], [1.0] * len(weights), update)
 
+    def loss_of(tokens: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy_sum(model(tokens), targets, config.model.vocab_size, mesh.tp, kernels.cross_entropy)
+
     def step(batch: Batch) -> float:
         for weight in weights:
             weight.grad = None
         total = torch.zeros(())
         for tokens, targets in microbatches(batch, config.data.microbatch):
-            loss = cross_entropy_sum(model(tokens), targets, config.model.vocab_size, mesh.tp) / batch.tokens.numel()
+            loss = loss_of(tokens, targets) / batch.tokens.numel()
             loss.backward()
             total += loss.detach()
         grads = [weight.grad for weight in weights]
