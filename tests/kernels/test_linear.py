@@ -1,4 +1,4 @@
-"""oneDNN's products of linear layers are those of torch's BLAS, forward and backward, and are taken where they are to be."""
+"""oneDNN multiplies for linear layers, forward and backward, as torch's BLAS does, where the registry says so."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_products_are_those_of_fp64(shape: tuple[int, ...], outputs: int, with_b
 
 
 @needs_onednn
-def test_it_is_oneDNN_that_multiplies_where_it_is_worth_its_call() -> None:
+def test_large_products_are_its_own_and_small_ones_are_not() -> None:
     def multiplied(rows: int) -> list[str]:
         x, weight, _, pull = _inputs((rows, 256), 256, torch.float32)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
