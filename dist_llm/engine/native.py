@@ -8,9 +8,7 @@ and the clip coefficient are one divisor inside the optimizer, so no pass over t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -25,6 +23,7 @@ from dist_llm.engine.loss_scale import LossScale
 from dist_llm.engine.model import splittable
 from dist_llm.engine.recipe import facts_of, formats_of, local_batch, restore_facts, update_rules
 from dist_llm.engine.routing import Routing
+from dist_llm.engine.totals import Totals, totals_of
 from dist_llm.ops.context_share import ContextShare
 from dist_llm.ops.registry import Kernels
 from dist_llm.optim.adamw import AdamW
@@ -38,17 +37,6 @@ from dist_llm.parallel.shards import LocalShard
 from dist_llm.parallel.zero import reduce_in_buckets, storage_device
 from dist_llm.runtime.mesh import Mesh
 from dist_llm.types import IGNORE_INDEX, Batch, DataSlice, LossSum, StepResult, TensorShard, TrainState
-
-
-@dataclass(frozen=True)
-class Totals:
-    """What a step summed over all ranks: true mean loss, counted tokens, true gradient norm, and other sums."""
-
-    loss: float
-    tokens: int
-    grad_norm: float
-    divisor: float
-    others: tuple[float, ...]
 
 
 class NativeEngine:
@@ -117,7 +105,8 @@ class NativeEngine:
         """Update the weights by one global batch; `batch` is this rank's share of it.
 
         Issues what the layout needs (tp, pp, cp, ep and zero axes), then one all-reduce of few numbers over the world.
-        A step whose gradient is not finite changes nothing, on every rank alike.
+        A step whose gradient is not finite changes nothing, on every rank alike. The host waits for the device at the
+        end alone, unless rows of experts are counted or the update is the host's.
         """
         for shard in self.shards:
             shard.parameter.grad = None
@@ -131,16 +120,15 @@ class NativeEngine:
         norm_part = primary_square_sum(self.shards, stored).to(self._mesh.device)
         totals = self._totals(loss, batch, norm_part, self._routing.sums(self._mesh.device))
         lr = learning_rate(self._step, self._config.optimizer.lr, self._config.schedule, self._config.run.steps)
-        finite = math.isfinite(totals.grad_norm) and math.isfinite(totals.loss)
-        if finite:
-            divisor = torch.tensor(totals.divisor, dtype=torch.float64)
-            self.optimizer.step([shard.gradient() for shard in self.shards], lr, divisor)
-            self._routing.move_biases()
+        self.optimizer.step([shard.gradient() for shard in self.shards], lr, totals.divisor, totals.skip)
+        self._routing.move_biases(totals.skip)
         self.observe("after_update")
-        self._scale.update(finite, dynamic=self._formats.compute == torch.float16)
+        found = totals.read()
+        self.optimizer.num_updates -= found.skipped
+        self._scale.update(not found.skipped, dynamic=self._formats.compute == torch.float16)
         self._step += 1
-        figures = self._routing.figures(totals.others, totals.tokens)
-        return StepResult(totals.loss, totals.grad_norm, lr, totals.tokens, skipped=not finite, figures=figures)
+        router = self._routing.figures(found.others, found.tokens)
+        return StepResult(found.loss, found.grad_norm, lr, found.tokens, skipped=found.skipped, figures=router)
 
     def eval_step(self, batch: Batch) -> LossSum:
         """Return the loss sum of one global batch. Issues the forward's collectives and one over the world."""
@@ -153,7 +141,7 @@ class NativeEngine:
             for stage in self.stages:
                 stage.part.model.train()
         nothing = torch.zeros(1, dtype=torch.float64, device=self._mesh.device)
-        totals = self._totals(loss, batch, nothing[0], nothing[:0])
+        totals = self._totals(loss, batch, nothing[0], nothing[:0]).read()
         return LossSum(totals.loss * totals.tokens, totals.tokens)
 
     @torch.no_grad()
@@ -193,12 +181,7 @@ class NativeEngine:
         first = torch.stack([(loss if counts else loss * 0).double(), tokens.double(), square_sum])
         local = torch.cat((first, more))
         dist.all_reduce(local, group=self._mesh.world.group)
-        loss_sum, counted, squares, *others = local.tolist()
-        unit = counted * self.loss_unit if counted else 1.0
-        norm = math.sqrt(squares) / unit if math.isfinite(squares) else squares
-        clip = self._config.optimizer.clip_norm
-        coefficient = min(1.0, clip / (norm + 1e-6)) if clip > 0 and math.isfinite(norm) else 1.0
-        return Totals(loss_sum / unit, int(counted), norm, unit / coefficient, tuple(others))
+        return totals_of(local, self.loss_unit, self._config.optimizer.clip_norm)
 
     def state(self) -> TrainState:
         """Return model and optimizer rectangles by logical name, and the facts that are not tensors."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float64
+from jaxtyping import Float32, Float64
 from torch import Tensor, nn
 
 from dist_llm.config.model import MoEConfig
@@ -81,13 +81,14 @@ class Routing:
         return figures
 
     @torch.no_grad()
-    def move_biases(self) -> None:
-        """Move each bias towards equal loads."""
+    def move_biases(self, skip: Float32[Tensor, ""] | None = None) -> None:
+        """Move each bias towards equal loads, unless `skip` is 1."""
         if not self._config.bias_rate:
             return
         for _, router in self._named:
             count = self.counts[router.layer].to(router.bias.dtype)
-            router.bias.add_(torch.sign(count.mean() - count), alpha=self._config.bias_rate)
+            way = torch.sign(count.mean() - count)
+            router.bias.add_(way if skip is None else way * (1 - skip), alpha=self._config.bias_rate)
 
     def state(self) -> Iterator[TensorShard]:
         """Yield the biases, which are no parameters and yet part of the model."""

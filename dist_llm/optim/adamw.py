@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float32
 from torch import Tensor
 from torch.optim.adamw import adamw
 
@@ -50,18 +51,26 @@ class AdamW:
     def take_weights(self) -> None:
         """Take notice that the weights were set from outside: the slots are the weights themselves."""
 
-    def step(self, grads: Sequence[Tensor | None], lr: float, divisor: Tensor) -> None:
-        """Update every slot that has a gradient; gradients are divided by `divisor` (0-d) on the way in."""
+    def step(
+        self, grads: Sequence[Tensor | None], lr: float, divisor: Tensor, skip: Float32[Tensor, ""] | None = None
+    ) -> None:
+        """Update every slot that has a gradient, unless `skip` is 1; gradients are divided by `divisor` (0-d).
+
+        Counts it in `num_updates`: who reads `skip` takes a step that was skipped back.
+        """
         groups: dict[tuple[bool, float], list[tuple[Slot, Tensor]]] = {}
         for slot, grad in zip(self.slots, grads, strict=True):
             if grad is not None and grad.numel():
                 groups.setdefault((slot.decays, slot.rate), []).append((slot, grad))
         for (decay, rate), chosen in groups.items():
-            self._update(chosen, lr * rate, self._config.weight_decay / rate if decay else 0.0, divisor)
+            self._update(chosen, lr * rate, self._config.weight_decay / rate if decay else 0.0, (divisor, skip))
         self.num_updates += 1
 
     @torch.no_grad()
-    def _update(self, chosen: list[tuple[Slot, Tensor]], lr: float, weight_decay: float, divisor: Tensor) -> None:
+    def _update(
+        self, chosen: list[tuple[Slot, Tensor]], lr: float, weight_decay: float, how: tuple[Tensor, Tensor | None]
+    ) -> None:
+        divisor, skip = how
         weight = chosen[0][0].weight
         device = weight.device
         grads = [grad for _, grad in chosen]
@@ -77,6 +86,7 @@ class AdamW:
             list(steps),
             fused=True,
             grad_scale=None if weight.dtype == torch.float64 else divisor.to(device, torch.float32),
+            found_inf=None if skip is None else skip.to(device),
             amsgrad=False,
             beta1=self._config.betas[0],
             beta2=self._config.betas[1],

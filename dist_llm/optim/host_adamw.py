@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from jaxtyping import Float32
 from torch import Tensor
 
 from dist_llm.config.training import OptimizerConfig
@@ -40,8 +41,10 @@ class HostAdamW(AdamW):
         for slot, weight in zip(self.slots, self._weights, strict=True):
             slot.weight.copy_(weight)
 
-    def step(self, grads: Sequence[Tensor | None], lr: float, divisor: Tensor) -> None:
-        """Update masters and weights of every slot that has a gradient; gradients are divided by `divisor` (0-d)."""
+    def step(
+        self, grads: Sequence[Tensor | None], lr: float, divisor: Tensor, skip: Float32[Tensor, ""] | None = None
+    ) -> None:
+        """Update masters and weights of every slot that has a gradient, as AdamW does. Waits for the device."""
         coming = [
             (slot, weight, buffer, self._memory.fetch(buffer, grad))
             for slot, weight, buffer, grad in zip(self.slots, self._weights, self._grads, grads, strict=True)
@@ -50,7 +53,7 @@ class HostAdamW(AdamW):
         for slot, weight, buffer, arrived in coming:
             arrived()
             decay = self._config.weight_decay / slot.rate if slot.decays else 0.0
-            self._update([(slot, buffer)], lr * slot.rate, decay, divisor)
+            self._update([(slot, buffer)], lr * slot.rate, decay, (divisor, skip))
             self._memory.send(weight, slot.weight)
         self._memory.finish()
         self.num_updates += 1

@@ -120,7 +120,7 @@ def build_rank(config: RunConfig, ranks: int, pipeline_index: int) -> list[Stage
     with fake_group(ranks, pipeline_index * (ranks // parallel.pipeline)), as_written:
         mesh = build_mesh(parallel, torch.device("cpu"))
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        model = _without_values(splittable(config.model, config.run.seed), mode)
+        model = without_values(splittable(config.model, config.run.seed), mode)
         engine = NativeEngine(config, mesh, model, foretold_kernels(config))
         with mode:
             memories = [
@@ -144,7 +144,7 @@ def _kind(config: RunConfig, stage: StagePlan) -> tuple[object, ...]:
     return stage.first, stage.last, len(stage.layers), experts
 
 
-def _without_values(model: SplittableModel, mode: FakeTensorMode) -> SplittableModel:
+def without_values(model: SplittableModel, mode: FakeTensorMode) -> SplittableModel:
     """Return the model with tensors that have shapes and no values."""
 
     def allocate_shapes(module: nn.Module, stored: torch.device, device: torch.device) -> None:

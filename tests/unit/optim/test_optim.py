@@ -78,6 +78,22 @@ def test_the_update_on_the_host_is_the_same_to_the_bit(dtype: torch.dtype) -> No
     assert here.num_updates == there.num_updates == 3
 
 
+@pytest.mark.parametrize("kind", [AdamW, HostAdamW])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_step_that_is_skipped_changes_nothing(kind: type[AdamW], dtype: torch.dtype) -> None:
+    weight = torch.randn(7, 5, dtype=dtype)
+    start = weight.clone()
+    optimizer = kind([weight], [True], [1.0], OptimizerConfig(lr=1e-2))
+    nothing = torch.tensor(float("nan"), dtype=torch.float64)
+    optimizer.step([torch.full_like(weight, float("inf"))], 1e-2, nothing, torch.ones(()))
+    slot = optimizer.slots[0]
+    assert torch.equal(weight, start)
+    assert not slot.exp_avg.any()
+    assert not slot.exp_avg_sq.any()
+    optimizer.step([torch.ones_like(weight)], 1e-2, torch.ones((), dtype=torch.float64), torch.zeros(()))
+    assert not torch.equal(weight, start)
+
+
 def test_a_slot_without_gradient_stays() -> None:
     weight = torch.ones(3, 3)
     AdamW([weight], [True], [1.0], OptimizerConfig()).step([None], 1.0, torch.tensor(1.0))
