@@ -38,14 +38,14 @@ class Share:
 class Setting:
     """All that the bytes of a part depend on; hashable, so that a part is run once.
 
-    loss_in_place: the gradient of the loss is written over the logits.
+    native: the operations that the compiled library computes, which needs no memory beside its results.
     """
 
     model: ModelConfig
     parallel: ParallelConfig
     formats: Formats
     share: Share
-    loss_in_place: bool
+    native: frozenset[str]
 
 
 class Parts:
@@ -53,8 +53,9 @@ class Parts:
 
     def __init__(self, setting: Setting, tape: Tape) -> None:
         self._model, self._parallel, self._share = setting.model, setting.parallel, setting.share
-        self._tape, self.ops = tape, Operations(tape, setting.formats)
-        self._loss = self.ops.cross_entropy_in_place if setting.loss_in_place else self.ops.cross_entropy
+        self._tape, self.ops = tape, Operations(tape, setting.formats, setting.native)
+        in_place = "cross_entropy" in setting.native
+        self._loss = self.ops.cross_entropy_in_place if in_place else self.ops.cross_entropy
         self._sequence = self._parallel.sequence and self._parallel.tensor > 1
 
     def hidden_numel(self) -> int:

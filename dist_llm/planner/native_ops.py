@@ -31,10 +31,10 @@ class Formats:
 
 
 class Operations:
-    """The operations of one rank, each on a tape."""
+    """The operations of one rank, each on a tape; native: those that make nothing beside their results."""
 
-    def __init__(self, tape: Tape, formats: Formats) -> None:
-        self.tape, self.formats = tape, formats
+    def __init__(self, tape: Tape, formats: Formats, native: frozenset[str]) -> None:
+        self.tape, self.formats, self._native = tape, formats, native
 
     def linear(self, x: Value, inputs: int, outputs: int) -> Value:
         """x W^T: keeps x; its backward makes dx and, beside it, dW."""
@@ -65,9 +65,12 @@ class Operations:
     def rms_norm(self, x: Value, width: int) -> Value:
         """ops/rms_norm.py: statistics in the wide format, one number a row."""
         wide, narrow = x.numel * self.formats.wide, self.formats.narrow
+        kept: list[Value | int] = [x, x.numel // width * self.formats.wide]
+        if "rms_norm" in self._native:
+            return self.tape.apply([x], (x.numel, x.width), kept)
         forward = 3 * wide if narrow else wide
         back = max(6 * wide, 5 * wide + x.size) - x.size if narrow else 3 * wide
-        return self.tape.apply([x], (x.numel, x.width), [x, x.numel // width * self.formats.wide], forward, back)
+        return self.tape.apply([x], (x.numel, x.width), kept, forward, back)
 
     def layer_norm(self, x: Value, width: int) -> Value:
         """torch's: mean and deviation of each row."""
@@ -76,6 +79,8 @@ class Operations:
     def rotate(self, x: Value, table_bytes: int = 0) -> Value:
         """ops/rope.py: keeps only its tables, which are counted where they are made."""
         wide = x.numel * self.formats.wide
+        if "rope" in self._native:
+            return self.tape.apply([x], (x.numel, x.width), [table_bytes])
         if self.formats.narrow:
             return self.tape.apply([x], (x.numel, x.width), [table_bytes], wide, wide + x.size)
         return self.tape.apply([x], (x.numel, x.width), [table_bytes], wide, wide)
@@ -84,7 +89,8 @@ class Operations:
         """gelu(up), or silu(gate) * up."""
         if gate is None:
             return self.tape.apply([up], (up.numel, up.width), [up])
-        return self.tape.apply([gate, up], (up.numel, up.width), [gate, up], up.size, up.size)
+        beside = 0 if "swiglu" in self._native else up.size
+        return self.tape.apply([gate, up], (up.numel, up.width), [gate, up], beside, beside)
 
     def dropout(self, x: Value) -> Value:
         """ops/dropout.py: a counter for each element, three at once while they are mixed; a mask of bytes stays."""

@@ -29,7 +29,7 @@ class PartMemory:
 
     first_backward, backward: the most above what the part holds, the gradient of its output in the place of that.
     waiting: what the second half of a backward is made of; weights: the most above that while it runs. stays: what of
-    it stays until the stage's backward is done.
+    it stays until the stage's backward is done; twice: what of that waits too.
     """
 
     held: int
@@ -40,6 +40,11 @@ class PartMemory:
     waiting: int
     weights: int
     stays: int
+    twice: int
+
+
+SPARING = ("rms_norm", "rope", "swiglu", "cross_entropy")
+"""Operations whose native kernels hold less than the reference."""
 
 
 def setting_of(config: RunConfig) -> Setting:
@@ -49,13 +54,15 @@ def setting_of(config: RunConfig) -> Setting:
     part = share // parallel.tensor if parallel.sequence else share
     formats = Formats(FORMAT_BYTES[config.precision.compute], FORMAT_BYTES[config.precision.master])
     shares = Share(data.microbatch, share, part, data.document_mask)
-    return Setting(model, parallel, formats, shares, _writes_over_logits(config))
+    return Setting(model, parallel, formats, shares, _native(config))
 
 
-def _writes_over_logits(config: RunConfig) -> bool:
-    """Whether the native cross entropy computes the loss (ops/registry.py), where it is installed."""
-    on_cpu, chosen = config.cluster.device == "cpu", config.kernels.cross_entropy
-    return on_cpu and chosen != "reference" and config.precision.compute != "fp64"
+def _native(config: RunConfig) -> frozenset[str]:
+    """Return which operations the native library computes (ops/registry.py), where it is installed."""
+    if config.cluster.device != "cpu" or config.precision.compute == "fp64":
+        return frozenset()
+    takes = ("native", "auto") if config.precision.compute == "fp32" else ("native",)
+    return frozenset(op for op in SPARING if getattr(config.kernels, op) in takes)
 
 
 class PartKey:
@@ -67,7 +74,7 @@ class PartKey:
         p = setting.parallel
         layout = (p.tensor, p.sequence, p.context, p.head_ranks, p.expert, p.splits_backward, p.pipeline > 1)
         again = (p.recompute, p.recompute_operators)
-        rest = (setting.formats, setting.share, setting.loss_in_place)
+        rest = (setting.formats, setting.share, setting.native)
         self._seen = (model or Hashed(setting.model), layout, again, *rest)
         self._hash, self.setting = hash(self._seen), setting
 
@@ -108,7 +115,7 @@ def loss_bytes(config: RunConfig) -> int:
     """Return the most bytes that a microbatch's logits and loss hold at once."""
     setting = setting_of(config)
     ranks, formats = config.parallel.tensor, setting.formats
-    width = formats.compute + formats.wide * (not setting.loss_in_place)
+    width = formats.compute + formats.wide * ("cross_entropy" not in setting.native)
     logits = setting.share.tokens * (padded_vocab(config.model.vocab_size, ranks) // ranks)
     return logits * width
 
@@ -128,6 +135,7 @@ def _part(key: PartKey, kind: str, flag: bool, again: bool, tied: bool) -> PartM
         first.waiting,
         first.weights,
         first.stays,
+        first.twice,
     )
 
 
@@ -154,12 +162,15 @@ def _run(setting: Setting, kind: str, flag: bool, again: bool, accumulates: bool
     held_inside = meter.begin() - output
     found = tape.back(tape.nodes, gradient, [entering])
     backward = meter.most - held_inside - output
-    del found, kept
+    del found
     tape.unit.clear()
+    beside = meter.level - stays
+    del kept
     waiting = meter.level
     meter.begin()
     tape.finish()
-    return PartMemory(held, output, forward, backward, backward, waiting, meter.most - waiting, stays)
+    weights = meter.most - waiting
+    return PartMemory(held, output, forward, backward, backward, waiting, weights, stays, waiting - beside)
 
 
 def _table(setting: Setting) -> int:
@@ -183,7 +194,7 @@ def _joined(parts: list[PartMemory], entering: int, leaving: int, table: int) ->
     first = later = 0
     for place, part in enumerate(reversed(parts)):
         # The gradient of a part's output has taken its place, but that of what leaves comes from outside.
-        before = stays + level + waiting + (table if place else 0)
+        before = stays + level + waiting - (parts[-1].twice if place else 0) + (table if place else 0)
         first, later = max(first, before + part.first_backward), max(later, before + part.backward)
         level -= part.held - (leaving + part.stays if place == 0 else 0)
         waiting += part.waiting

@@ -120,8 +120,9 @@ def build_rank(config: RunConfig, ranks: int, pipeline_index: int) -> list[Stage
     with fake_group(ranks, pipeline_index * (ranks // parallel.pipeline)), as_written:
         mesh = build_mesh(parallel, torch.device("cpu"))
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        model = without_values(splittable(config.model, config.run.seed), mode)
-        engine = NativeEngine(config, mesh, model, foretold_kernels(config))
+        kernels = foretold_kernels(config)
+        model = without_values(splittable(config.model, config.run.seed, kernels), mode)
+        engine = NativeEngine(config, mesh, model, kernels)
         with mode:
             memories = [
                 measure_stage(_stage_run(config, engine, stage, mesh), ActivationLog(state_groups(mesh)))
