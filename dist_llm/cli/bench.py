@@ -6,7 +6,9 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dist_llm.cli.bench_collectives import COLLECTIVES
 from dist_llm.cli.parse import Answer, Command, add_config, add_json
+from dist_llm.cli.table import table
 from dist_llm.errors import ConfigError, Violation
 
 if TYPE_CHECKING:
@@ -123,18 +125,6 @@ def _mib(size: int) -> str:
     return f"{size / 2**20:,.2f}"
 
 
-def table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Return rows of the same keys as aligned lines under a heading: the first column to the left, others right."""
-    cells = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-
-    def line(row: Sequence[str]) -> str:
-        first, *others = row
-        return "  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]).rstrip()
-
-    return "\n".join(map(line, cells))
-
-
 _KERNELS = """\
 Times each op that has more than one backend, in fp32 on this CPU, at the sizes of a small model: the compiled library's
 kernel (native), PyTorch's function (eager) and torch.compile of that (inductor), which take turns. The least time of
@@ -195,4 +185,5 @@ def _kernel_cells(row: Mapping[str, Any]) -> dict[str, str]:
 COMMANDS = {
     "step": Command("time a training step on several engines side by side", add_step_arguments, step),
     "kernels": Command("time single ops: native kernels, eager PyTorch, torch.compile", add_kernel_arguments, kernels),
+    "collectives": COLLECTIVES,
 }

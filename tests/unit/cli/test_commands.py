@@ -85,6 +85,12 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["verify", "layout", "--steps", "0"], "--steps=0 must be from 1"),
         (["verify", "engine", "--engines", "fairscale"], "--engines=fairscale is no engine"),
         (["bench", "step", "--repeats", "0"], "--repeats=0 must be from 1"),
+        (["bench", "collectives", "--kinds", "all_sum"], "--kinds=all_sum is no kind that is timed; use all_reduce,"),
+        (
+            ["bench", "collectives", "--sizes", "64KB"],
+            "--sizes=64KB must be sizes from 4 bytes to 16 GiB, such as 64KiB",
+        ),
+        (["bench", "collectives"], "launcher.nproc=1 is too few for ranks that talk; use 2"),
         (["bench", "step", "engine=native,fairscale"], "engine=fairscale is no engine"),
         (["bench", "step", "parallel.tensors=2", "run.steps=x"], "parallel.tensors=2 is not a setting"),
         (["config", "presets", "modl"], "'modl' is not a group of presets"),
