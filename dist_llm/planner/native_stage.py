@@ -54,8 +54,8 @@ def setting_of(config: RunConfig) -> Setting:
 
 def _writes_over_logits(config: RunConfig) -> bool:
     """Whether the native cross entropy computes the loss (ops/registry.py), where it is installed."""
-    on_cpu, chosen = config.cluster.device == "cpu", config.kernels.cross_entropy
-    return on_cpu and chosen != "reference" and config.precision.compute != "fp64"
+    formats = {"auto": ("fp32",), "native": ("fp32", "bf16", "fp16")}.get(config.kernels.cross_entropy, ())
+    return config.cluster.device == "cpu" and config.precision.compute in formats
 
 
 class PartKey:

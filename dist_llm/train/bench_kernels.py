@@ -21,7 +21,8 @@ from torch.nn import functional
 from dist_llm.ops.gelu import bias_gelu, gelu
 from dist_llm.ops.layer_norm import add_layer_norm, layer_norm
 from dist_llm.ops.native import native_library
-from dist_llm.ops.registry import NATIVE, native_problem
+from dist_llm.ops.backends import NATIVE
+from dist_llm.ops.registry import native_problem
 from dist_llm.ops.rms_norm import add_rms_norm, rms_norm
 from dist_llm.ops.rope import inverse_frequencies, rotate, rotate_pair, rotation_table
 from dist_llm.ops.swiglu import swiglu
