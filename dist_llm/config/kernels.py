@@ -38,4 +38,4 @@ class KernelsConfig(Section):
     """The loss of the logits; native and triton write their gradient over them; torch needs `parallel.tensor=1`.
     engine=megatron has the reference."""
     linear: Product = "auto"
-    """The products of linear layers and of their inputs' gradients; those of weights' gradients are always the BLAS's."""
+    """The products of linear layers and of their inputs' gradients; weights' gradients are always the BLAS's."""

@@ -1,9 +1,9 @@
 """What can compute an op, by name, and torch's record of the ops that have kernels of their own.
 
-    torch.ops.dist_llm.<op>.default     the compiled library's          torch.ops.dist_llm.<op>.triton    Triton's
+    torch.ops.dist_llm.<op>.default   the compiled library's        torch.ops.dist_llm.<op>.triton   Triton's
 
-The kernels of an op are overloads: one schema, one set of shapes and gradients (register_op in ops/autograd.py), so that
-both may be here at once and neither takes the other's place in the dispatcher.
+An op's kernels are overloads of one schema, with the same shapes and gradients (register_op in ops/autograd.py): both
+may be here at once, and neither takes the other's place in the dispatcher.
 """
 
 from __future__ import annotations

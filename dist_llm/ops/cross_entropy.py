@@ -80,8 +80,8 @@ def gradient_(
 ) -> None:
     """Write over the logits the gradient of each row's loss, times the row's `grad` (or the one number for all).
 
-    whole: maximum and sum of exp relative to it, over the whole vocabulary. terms: label smoothing and the factor of the
-    z-loss. Padding and rows without a target get 0.
+    whole: maximum and sum of exp relative to it, over the whole vocabulary. terms: label smoothing and the z-loss's
+    factor. Padding and rows without a target get 0.
     """
     part = (vocabulary.start, vocabulary.valid, vocabulary.size, IGNORE_INDEX)
     kernel("cross_entropy_gradient_", backend)(logits, targets, grad, *whole, *part, *terms)

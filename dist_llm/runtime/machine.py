@@ -73,7 +73,7 @@ def host_memory_gib() -> float:
 
 
 def processor_maker() -> str:
-    """Return what this host's processor says of its maker (AuthenticAMD, GenuineIntel), or nothing where it does not."""
+    """Return what this host's processor says of its maker (AuthenticAMD, GenuineIntel), or nothing."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:

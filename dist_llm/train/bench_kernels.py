@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional
 
+from dist_llm.ops.backends import NATIVE
 from dist_llm.ops.gelu import bias_gelu, gelu
 from dist_llm.ops.layer_norm import add_layer_norm, layer_norm
 from dist_llm.ops.native import native_library
-from dist_llm.ops.backends import NATIVE
 from dist_llm.ops.registry import native_problem
 from dist_llm.ops.rms_norm import add_rms_norm, rms_norm
 from dist_llm.ops.rope import inverse_frequencies, rotate, rotate_pair, rotation_table

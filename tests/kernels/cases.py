@@ -9,9 +9,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from dist_llm.ops.backends import NATIVE, REFERENCE, TORCH, TRITON, kernel
 from dist_llm.ops.gelu import bias_gelu, gelu
 from dist_llm.ops.layer_norm import add_layer_norm, layer_norm
-from dist_llm.ops.backends import NATIVE, REFERENCE, TORCH, TRITON, kernel
 from dist_llm.ops.registry import BACKENDS, Place, backend_problem
 from dist_llm.ops.rms_norm import add_rms_norm, rms_norm
 from dist_llm.ops.rope import inverse_frequencies, rotate_pair, rotation_table

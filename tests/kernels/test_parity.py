@@ -28,11 +28,14 @@ from tests.kernels.interpreter import run_interpreted
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WITHIN = {"fp32": 3e-6, "bf16": 1.2e-2, "fp16": 1.5e-3}
 """Relative to the largest entry of a tensor: a few roundings of the format."""
+SLACK = {TORCH: 2}
+"""PyTorch's own functions sum the gradients of weights in their format."""
 SHAPES = ((3, 64), (2, 5, 385), (7, 3), (1, 4096), (33, 17))
 FEW_SHAPES = ((2, 3, 65), (7, 3))
 """For what is interpreted, at some milliseconds a row."""
 
 HERE = [(name, backend) for name, case in CASES.items() for backend in backends_of(case.op)]
+LIBRARY = [pair for pair in HERE if pair[1] == NATIVE]
 INTERPRETED = [(name, backend) for name, case in CASES.items() for backend in interpreted_backends_of(case.op)]
 ALL_SHAPES = [(*pair, shape) for pair in HERE for shape in SHAPES]
 ALL_SHAPES += [(*pair, shape) for pair in INTERPRETED for shape in FEW_SHAPES]
@@ -80,7 +83,7 @@ def test_a_backend_is_the_reference(name: str, backend: str, shape: tuple[int, .
         inputs = case.inputs(shape, dtype, weights)
         outputs = with_gradients(case, backend, inputs)
         assert outputs[0].dtype == dtype
-        assert_near(outputs, truth(case, inputs), WITHIN[precision])
+        assert_near(outputs, truth(case, inputs), WITHIN[precision] * SLACK.get(backend, 1))
 
 
 @every_pair
@@ -94,7 +97,7 @@ def test_no_rows(name: str, backend: str) -> None:
 
 @every_pair
 def test_gaps_between_elements(name: str, backend: str) -> None:
-    """Transposed and strided inputs give what their dense copies do, bit for bit."""
+    """Transposed and strided inputs give what their dense copies do, of our kernels bit for bit."""
     case = CASES[name]
     dense = case.inputs((6, 5, 24), torch.float32, torch.float32)
 
@@ -105,8 +108,11 @@ def test_gaps_between_elements(name: str, backend: str) -> None:
 
     spaced = tuple(map(spread, dense))
     assert not any(x.is_contiguous() for x in spaced)
-    for found, wanted in zip(with_gradients(case, backend, spaced), with_gradients(case, backend, dense), strict=True):
-        assert torch.equal(found, wanted)
+    found, wanted = with_gradients(case, backend, spaced), with_gradients(case, backend, dense)
+    if backend == TORCH:
+        assert_near(found, tuple(x.double() for x in wanted), WITHIN["fp32"])
+    else:
+        assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 
 
 @every_pair_here
@@ -125,7 +131,7 @@ def test_a_number_that_is_none_stays_none(name: str, backend: str) -> None:
     assert torch.equal(found.isnan(), wanted.isnan())
 
 
-@every_pair_here
+@pytest.mark.parametrize(("name", "backend"), LIBRARY)
 def test_any_number_of_threads_gives_the_same_bits(name: str, backend: str) -> None:
     inputs = CASES[name].inputs((301, 96), torch.float32, torch.float32)
     before = torch.get_num_threads()
@@ -139,9 +145,13 @@ def test_any_number_of_threads_gives_the_same_bits(name: str, backend: str) -> N
     assert all(torch.equal(x, y) for x, y in zip(one, two, strict=True))
 
 
-@every_pair
+@pytest.mark.parametrize(("name", "backend"), [pair for pair in HERE + INTERPRETED if pair != ("cross_entropy", TORCH)])
+@where_it_computes
 def test_second_gradients(name: str, backend: str) -> None:
-    """The gradient of a gradient is the reference's, in fp32 as close as two differences allow, or a plain error."""
+    """The gradient of a gradient is the reference's, in fp32 as close as two differences allow, or a plain error.
+
+    Of torch's cross entropy there is one, and of the reference's none to compare it with.
+    """
     case = CASES[name]
 
     def twice(which: str, inputs: Inputs) -> Inputs:
@@ -153,14 +163,14 @@ def test_second_gradients(name: str, backend: str) -> None:
         return tuple(g for g in torch.autograd.grad(second, used, allow_unused=True) if g is not None)
 
     inputs = case.inputs((3, 9), torch.float32, torch.float32)
-    if not case.twice and backend != TORCH:
+    if not case.twice:
         with pytest.raises(NotImplementedError, match="has no second gradient"):
             twice(backend, inputs)
         return
     assert_near(twice(backend, inputs), twice(REFERENCE, tuple(x.double() for x in inputs)), 2e-5)
 
 
-@pytest.mark.parametrize(("name", "backend"), [pair for pair in HERE if pair[1] == NATIVE] + INTERPRETED)
+@pytest.mark.parametrize(("name", "backend"), LIBRARY + INTERPRETED)
 @where_it_computes
 def test_torch_knows_the_op(name: str, backend: str) -> None:
     """Schema, shapes without values and gradients are what torch.library.opcheck holds true."""

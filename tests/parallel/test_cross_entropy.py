@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dist_llm.ops.backends import NATIVE, REFERENCE, TORCH
+from dist_llm.ops.backends import NATIVE, REFERENCE
 from dist_llm.ops.cross_entropy import Vocabulary, gradient_, local_statistics, token_losses
 from dist_llm.ops.registry import native_problem
 from dist_llm.parallel.activations import ActivationLog

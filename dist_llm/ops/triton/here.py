@@ -26,7 +26,7 @@ def triton_problem(device: str) -> str | None:
 
 
 def is_interpreted() -> bool:
-    """Return whether kernels run in Triton's interpreter, on tensors of any device: as it was when they were imported."""
+    """Return whether kernels run in Triton's interpreter, on tensors of any device; their import decided that."""
     from triton.runtime.interpreter import InterpretedFunction
 
     from dist_llm.ops.triton.column_sum import _column_sum
