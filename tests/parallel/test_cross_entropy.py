@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dist_llm.ops.backends import NATIVE, REFERENCE
+from dist_llm.ops.backends import NATIVE, REFERENCE, TORCH
 from dist_llm.ops.cross_entropy import Vocabulary, gradient_, local_statistics, token_losses
 from dist_llm.ops.registry import native_problem
 from dist_llm.parallel.activations import ActivationLog
@@ -40,7 +42,7 @@ def _truth(logits: Tensor, targets: Tensor, smoothing: float = 0.0, z_loss: floa
     return losses.detach(), grad
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, TORCH])
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
 @pytest.mark.parametrize("mean", [0.0, 300.0])
 def test_one_rank(backend: str, dtype: torch.dtype, mean: float) -> None:
@@ -114,7 +116,7 @@ def test_smoothing_and_z_loss(smoothing: float, z_loss: float, dtype: torch.dtyp
     check_close(token_losses(top, whole, size, smoothing, z_loss) * counted, wanted)
     scale = torch.linspace(1, 2, rows)
     for part, share in zip(parts, shares, strict=True):
-        gradient_(part, targets, scale * 3, (top, whole[0].contiguous()), share, smoothing, z_loss)
+        gradient_(part, targets, scale * 3, (top, whole[0].contiguous()), share, (smoothing, z_loss))
     found = torch.cat(parts, 1)
     check_close(found[:, :size], grad * scale[:, None])
     assert not found[:, size:].any()
@@ -169,6 +171,11 @@ def test_a_backward_runs_once(backend: str) -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_torchs_is_refused_of_a_part_of_the_vocabulary() -> None:
+    with pytest.raises(ValueError, match="needs the whole vocabulary, which 2 ranks share"):
+        cross_entropy_sum(torch.zeros(1, 2, 8), torch.zeros(1, 2, dtype=torch.int64), 16, replace(ALONE, size=2), TORCH)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
