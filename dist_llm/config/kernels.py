@@ -6,7 +6,7 @@ from typing import Literal
 
 from dist_llm.config.base import Section
 
-Norm = Literal["auto", "reference", "torch", "native", "triton", "apex"]
+Norm = Literal["auto", "reference", "torch", "native", "triton", "apex", "transformer_engine"]
 Function = Literal["auto", "reference", "torch", "native", "triton"]
 Kernel = Literal["auto", "reference", "native", "triton"]
 Product = Literal["auto", "reference", "onednn"]
@@ -14,8 +14,8 @@ Product = Literal["auto", "reference", "onednn"]
 
 class KernelsConfig(Section):
     """What computes an operation. reference: the formula in PyTorch; torch: PyTorch's own function for it; native: the
-    compiled library (CPU); triton: Triton's kernels (GPU; norms of up to 8192 features); apex: NVIDIA apex's (GPU).
-    native, triton and apex compute fp32, bf16 and fp16. onednn: the products of torch's oneDNN (CPU; fp32).
+    compiled library (CPU); triton: Triton's kernels (GPU; norms of up to 8192 features); apex and
+    transformer_engine: NVIDIA's (GPU). These four compute fp32, bf16 and fp16. onednn: the products of torch's oneDNN (CPU; fp32).
 
     auto takes on a CPU the fastest that was measured, in fp32; on a GPU, unmeasured, triton where it moves fewer bytes
     than PyTorch, outside of blocks that `parallel.compile` has inductor fuse. Else, and where that is not to be had,

@@ -1,6 +1,7 @@
 """What can compute an op, by name, and torch's record of the ops that have kernels of their own.
 
     torch.ops.dist_llm.<op>.default   the compiled library's        torch.ops.dist_llm.<op>.triton   Triton's
+    torch.ops.dist_llm.<op>.transformer_engine   Transformer Engine's
 
 An op's kernels are overloads of one schema, with the same shapes and gradients (register_op in ops/autograd.py): both
 may be here at once, and neither takes the other's place in the dispatcher.
@@ -16,7 +17,7 @@ import torch
 
 REFERENCE, NATIVE, TRITON, TORCH, ONEDNN, AUTO = "reference", "native", "triton", "torch", "onednn", "auto"
 APEX, TRANSFORMER_ENGINE = "apex", "transformer_engine"
-WITH_KERNELS = (NATIVE, TRITON)
+WITH_KERNELS = (NATIVE, TRITON, TRANSFORMER_ENGINE)
 """Backends whose kernels are overloads of torch.ops.dist_llm."""
 
 

@@ -2,7 +2,8 @@
 
     reference   the formula in PyTorch, here in ops/: what every other backend is tested against; always to be had
     torch       torch's own function for the op             native   the compiled library (ops/native.py)
-    triton      Triton's kernels (ops/triton)               apex     NVIDIA apex's norms (ops/apex.py)
+    triton      Triton's kernels (ops/triton)
+    apex, transformer_engine   NVIDIA's norms (ops/apex.py, ops/transformer_engine.py)
     onednn      matrix products of torch's oneDNN in place of its BLAS (ops/linear.py)
 
 The choice is a frozen value that is handed down to the modules; nothing is decided at a call.
@@ -27,11 +28,14 @@ from dist_llm.ops.backends import (
     ONEDNN,
     REFERENCE,
     TORCH,
+    TRANSFORMER_ENGINE,
     TRITON,
     define_overloads,
     give_kernels,
 )
 from dist_llm.ops.native import missing_ops, native_library
+from dist_llm.ops.transformer_engine import KERNELS as TRANSFORMER_ENGINES
+from dist_llm.ops.transformer_engine import transformer_engine_problem
 from dist_llm.ops.triton.here import is_interpreted, triton_problem
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -89,8 +93,8 @@ CUSTOM_OPS: Mapping[str, CustomOp] = MappingProxyType(
 
 BACKENDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "rms_norm": (REFERENCE, NATIVE, TRITON, TORCH, APEX),
-        "layer_norm": (REFERENCE, NATIVE, TRITON, TORCH, APEX),
+        "rms_norm": (REFERENCE, NATIVE, TRITON, TORCH, APEX, TRANSFORMER_ENGINE),
+        "layer_norm": (REFERENCE, NATIVE, TRITON, TORCH, APEX, TRANSFORMER_ENGINE),
         "gelu": (REFERENCE, NATIVE, TRITON, TORCH),
         "swiglu": (REFERENCE, NATIVE, TRITON),
         "rope": (REFERENCE, NATIVE, TRITON),
@@ -172,6 +176,14 @@ def _register_triton(op: str) -> None:
     give_kernels(TRITON, KERNELS[op], ("CPU", "CUDA") if is_interpreted() else ("CUDA",))
 
 
+@cache
+def _register_transformer_engine(op: str) -> None:
+    """Define Transformer Engine's overloads of an op, their gradients and their kernels: once, as above."""
+    define_overloads(TRANSFORMER_ENGINE, CUSTOM_OPS[op].schemas)
+    CUSTOM_OPS[op].register(TRANSFORMER_ENGINE)
+    give_kernels(TRANSFORMER_ENGINE, TRANSFORMER_ENGINES[op], ("CUDA",))
+
+
 def backend_problem(op: str, backend: str, place: Place) -> str | None:
     """Say why a backend cannot compute an op at a place, None where it can; loads and registers what it needs, once."""
     if backend == REFERENCE:
@@ -217,6 +229,15 @@ def _apex_problem(op: str, place: Place) -> str | None:
     return _format_problem("apex's", place) or apex_problem()
 
 
+def _transformer_engine_problem(op: str, place: Place) -> str | None:
+    if place.device != "cuda":
+        return f"Transformer Engine's {op} is for cuda alone, not {place.device}"
+    problem = _format_problem("Transformer Engine's", place) or transformer_engine_problem()
+    if problem is None:
+        _register_transformer_engine(op)
+    return problem
+
+
 def _onednn_problem(op: str, place: Place) -> str | None:
     if place.device != "cpu" or place.dtype != torch.float32:
         kind = str(place.dtype).removeprefix("torch.")
@@ -231,6 +252,7 @@ _PROBLEMS: Mapping[str, Callable[[str, Place], str | None]] = MappingProxyType(
         NATIVE: _native_problem,
         TRITON: _triton_problem,
         APEX: _apex_problem,
+        TRANSFORMER_ENGINE: _transformer_engine_problem,
         ONEDNN: _onednn_problem,
     }
 )

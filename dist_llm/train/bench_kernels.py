@@ -39,7 +39,7 @@ Outputs = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Timed:
-    """An op by its name in the registry, the shapes of its inputs, the function in PyTorch's words, and ours of a backend."""
+    """An op by its name in the registry, the shapes of its inputs, PyTorch's function, and ours of a backend."""
 
     name: str
     op: str
