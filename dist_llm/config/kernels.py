@@ -15,7 +15,8 @@ Product = Literal["auto", "reference", "onednn"]
 class KernelsConfig(Section):
     """What computes an operation. reference: the formula in PyTorch; torch: PyTorch's own function for it; native: the
     compiled library (CPU); triton: Triton's kernels (GPU; norms of up to 8192 features); apex and
-    transformer_engine: NVIDIA's (GPU). These four compute fp32, bf16 and fp16. onednn: the products of torch's oneDNN (CPU; fp32).
+    transformer_engine: NVIDIA's (GPU). These four compute fp32, bf16 and fp16. onednn: the products of torch's oneDNN
+    (CPU; fp32).
 
     auto takes on a CPU the fastest that was measured, in fp32; on a GPU, unmeasured, triton where it moves fewer bytes
     than PyTorch, outside of blocks that `parallel.compile` has inductor fuse. Else, and where that is not to be had,

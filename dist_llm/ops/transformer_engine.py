@@ -21,7 +21,7 @@ def transformer_engine_problem() -> str | None:
     found = find_extension("transformer-engine")
     if found.usable:
         if (found.version or "2").partition(".")[0] == "1":
-            return f"{found.place} is Transformer Engine {found.version}, whose norms are called otherwise: {found.install}"
+            return f"{found.place} is Transformer Engine {found.version}, older than 2.0: {found.install}"
         return None
     return found.problem or f"Transformer Engine is not installed: {found.install}"
 

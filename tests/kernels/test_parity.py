@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_llm.ops.backends import NATIVE, REFERENCE, TORCH, TRITON, kernel
 from dist_llm.ops.registry import CUSTOM_OPS
@@ -178,6 +179,32 @@ def test_torch_knows_the_op(name: str, backend: str) -> None:
     for dtype in (torch.float32, torch.bfloat16)[: 1 if backend == TRITON else 2]:
         inputs = tuple(x.requires_grad_() for x in case.inputs((4, 24), dtype, torch.float32))
         torch.library.opcheck(case.kernel(backend), case.raw(inputs))  # type: ignore[arg-type]
+
+
+class _Overloads(TorchDispatchMode):
+    """Notes which overloads of our ops are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[str, str]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "dist_llm":
+            self.seen.add((func._schema.name.removeprefix("dist_llm::"), func._overloadname))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("name", "backend"), LIBRARY + INTERPRETED)
+@where_it_computes
+def test_forward_and_backward_are_of_one_backend(name: str, backend: str) -> None:
+    """A backward that called another's kernels would find none on a GPU."""
+    case = CASES[name]
+    with _Overloads() as overloads:
+        with_gradients(case, backend, case.inputs((4, 24), torch.float32, torch.float32))
+    names, backends = zip(*overloads.seen, strict=True)
+    assert set(backends) == {"default" if backend == NATIVE else backend}
+    wanted = {text for text in CUSTOM_OPS[case.op].schemas if text.endswith(("backward", "gradient_", "rope"))}
+    assert any(seen in wanted for seen in names)
 
 
 @needs_library

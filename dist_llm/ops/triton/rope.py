@@ -40,8 +40,9 @@ def _rotate_heads(tensors, tables, head, strides, heads, half, HALF: tl.constexp
 
 @triton.jit
 @no_type_check
-def _rotate(q, k, tables, strides, sizes, INVERSE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr):
+def _rotate(pairs, tables, strides, sizes, INVERSE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr):
     """Move 2B an element (in and out): the least; the tables come from the L2 cache after a token's first program."""
+    q, k = pairs
     cos_in, sin_in = tables
     q_strides, k_strides = strides
     seq, half, q_heads, k_heads = sizes
@@ -91,7 +92,7 @@ def _launch(
     strides = tuple(tuple(x.stride()[1:3] for x in pair) for pair in pairs)
     tables, sizes = (table[0].contiguous(), table[1].contiguous()), (seq, half, q_heads, k_heads)
     with on_device_of(q):
-        _rotate[grid](*pairs, tables, strides, sizes, INVERSE=inverse, HEADS=heads, HALF=block, num_warps=4)
+        _rotate[grid](pairs, tables, strides, sizes, INVERSE=inverse, HEADS=heads, HALF=block, num_warps=4)
 
 
 def rope(
