@@ -18,7 +18,7 @@ import torch
 
 from dist_llm.config.decode import decode
 from dist_llm.config.kernels import KernelsConfig
-from dist_llm.engine.kernels import kernels_for
+from dist_llm.engine.kernels import foretold_kernels, kernels_for
 from dist_llm.errors import ConfigError, ExitCode
 from dist_llm.models.kernels import apply_kernels
 from dist_llm.models.transformer import Transformer
@@ -92,6 +92,14 @@ def test_a_row_that_triton_cannot_hold_falls_back_by_name(monkeypatch: pytest.Mo
     ) as caught:
         kernels_for(required, torch.device("cuda"))
     assert caught.value.exit_code == ExitCode.CONFIG
+
+
+def test_a_gpus_kernels_are_foretold_as_the_defaults() -> None:
+    """A dry run is where the GPU is not: what computes there holds no more."""
+    config = tiny_config(None, LLAMA)
+    cluster = config.cluster.model_copy(update={"device": "cuda"})
+    asked = config.model_copy(update={"kernels": KernelsConfig(rope="triton"), "cluster": cluster})
+    assert foretold_kernels(asked) == Kernels()
 
 
 def test_without_triton_or_a_gpu_the_next_best_computes(monkeypatch: pytest.MonkeyPatch) -> None:
