@@ -126,9 +126,10 @@ def _mib(size: int) -> str:
 
 
 _KERNELS = """\
-Times each op that has more than one backend, in fp32 on this CPU, at the sizes of a small model: the compiled library's
-kernel (native), PyTorch's function (eager) and torch.compile of that (inductor), which take turns. The least time of
-all rounds counts. A figure above 1.00 in the last two columns says how often faster native is."""
+Times each op that has more than one backend, in fp32, at the sizes of a small model: PyTorch's functions (eager),
+torch.compile of them (inductor) and every backend that loads here (`dist-llm doctor` says why another does not), which
+take turns. The least time of all rounds counts. The last column says how often faster than eager and than inductor the
+best of the others is."""
 
 
 def add_kernel_arguments(parser: argparse.ArgumentParser) -> None:
@@ -136,6 +137,7 @@ def add_kernel_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _KERNELS
     parser.add_argument("ops", nargs="*", metavar="OP", help="ops to time (default: all)")
     parser.add_argument("--threads", default="1,2", metavar="N,N", help="numbers of threads (default 1,2)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what to time on (default cpu)")
     parser.add_argument("--rounds", type=int, default=30, metavar="N", help="rounds of each variant (default 30)")
     add_json(parser)
 
@@ -153,37 +155,41 @@ def kernels(arguments: argparse.Namespace) -> Answer:
     from dist_llm.runtime.log import configure_logging, get_logger
     from dist_llm.train.bench_kernels import TIMED, bench_kernels
 
-    known = tuple(timed.name for timed in TIMED)
-    slips = [Violation("OP", name, "is no op that is timed", known) for name in arguments.ops if name not in known]
+    slips = [Violation("OP", name, "is no op that is timed", TIMED) for name in arguments.ops if name not in TIMED]
     if slips:
         raise ConfigError(slips)
     configure_logging(0, arguments.debug)
     report = get_logger("cli.bench").info
-    facts = bench_kernels(arguments.ops or known, [int(count) for count in counts], arguments.rounds, report)
+    threads = [int(count) for count in counts]
+    facts = bench_kernels(arguments.ops or TIMED, threads, arguments.rounds, report, arguments.device)
     where = "\n".join(f"{name}: {facts[name]}" for name in ("processor", "isa", "torch", "dtype", "rounds"))
-    return Answer(f"{where}\n\n{table([_kernel_cells(row) for row in facts['rows']])}", facts)
+    return Answer(f"{where}\n\n{table(_kernel_cells(facts['rows']))}", facts)
 
 
-def _kernel_cells(row: Mapping[str, Any]) -> dict[str, str]:
-    def ratio(other: str) -> str:
-        return "-" if row["native"] is None or row[other] is None else f"{row[other] / row['native']:.2f}"
+def _kernel_cells(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Return the table's rows: milliseconds of every variant that any row has, and how they compare."""
+    facts = ("op", "shape", "threads", "pass")
+    variants = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in facts]
+    ordered = [*("eager", "inductor"), *(name for name in variants if name not in ("eager", "inductor"))]
 
-    def milliseconds(variant: str) -> str:
-        return "-" if row[variant] is None else f"{1e3 * row[variant]:.3f}"
+    def cells(row: Mapping[str, Any]) -> dict[str, str]:
+        best = min(row[name] for name in ordered[2:] if row.get(name) is not None)
+        return {
+            "op": row["op"],
+            "shape": "x".join(map(str, row["shape"])),
+            "threads": str(row["threads"]),
+            "pass": row["pass"],
+            **{f"{name} ms": "-" if row.get(name) is None else f"{1e3 * row[name]:.3f}" for name in ordered},
+            "eager, inductor / best": f"{row['eager'] / best:.2f}, {row['inductor'] / best:.2f}",
+        }
 
-    return {
-        "op": row["op"],
-        "shape": "x".join(map(str, row["shape"])),
-        "threads": str(row["threads"]),
-        "pass": row["pass"],
-        **{f"{variant} ms": milliseconds(variant) for variant in ("eager", "inductor", "native")},
-        "eager/native": ratio("eager"),
-        "inductor/native": ratio("inductor"),
-    }
+    return [cells(row) for row in rows]
 
 
 COMMANDS = {
     "step": Command("time a training step on several engines side by side", add_step_arguments, step),
-    "kernels": Command("time single ops: native kernels, eager PyTorch, torch.compile", add_kernel_arguments, kernels),
+    "kernels": Command(
+        "time single ops: every backend that loads, eager PyTorch, torch.compile", add_kernel_arguments, kernels
+    ),
     "collectives": COLLECTIVES,
 }

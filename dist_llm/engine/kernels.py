@@ -9,8 +9,7 @@ import torch.distributed as dist
 
 from dist_llm.config.run import RunConfig
 from dist_llm.engine.recipe import DTYPES
-from dist_llm.ops.native import native_library
-from dist_llm.ops.registry import NATIVE, Choice, Kernels, choose_kernels
+from dist_llm.ops.registry import Choice, Kernels, Place, choose_kernels
 from dist_llm.runtime.log import get_logger
 from dist_llm.runtime.machine import processor_maker
 
@@ -24,23 +23,31 @@ def kernels_for(config: RunConfig, device: torch.device) -> Kernels:
     """
     choice = _choice(config, device.type, config.kernels.required)
     if not dist.is_initialized() or dist.get_rank() == 0:
-        _say(str(choice), _is_worth_a_warning(choice))
+        _say(str(choice), bool(choice.fallbacks))
     return choice.kernels
 
 
 def foretold_kernels(config: RunConfig) -> Kernels:
-    """Return the backend of each op for a run on the cluster that the config names, as far as it can be told here."""
-    return _choice(config, config.cluster.device, required=False).kernels
+    """Return the backend of each op for a run on the cluster that the config names, as far as it can be told here.
+
+    Of a GPU it cannot: there the defaults stand for what computes, which holds no more than they do.
+    """
+    device = config.cluster.device
+    return _choice(config, device, required=False).kernels if device == "cpu" else Kernels()
 
 
 def _choice(config: RunConfig, device: str, required: bool) -> Choice:
     wanted = config.kernels.model_dump(exclude={"required"})
-    return choose_kernels(wanted, required, device, DTYPES[config.precision.compute], processor_maker())
-
-
-def _is_worth_a_warning(choice: Choice) -> bool:
-    """Whether something could be done: the library is of no use, and an op was to have it."""
-    return bool(choice.fallbacks) and NATIVE not in vars(choice.kernels).values() and bool(native_library().problem)
+    parallel = config.parallel
+    place = Place(
+        device,
+        DTYPES[config.precision.compute],
+        widest_row=config.model.hidden_size,
+        vocabulary_ranks=parallel.tensor,
+        compiled=parallel.compile and parallel.compile_backend == "inductor",
+        maker=processor_maker(),
+    )
+    return choose_kernels(wanted, required, place)
 
 
 @cache

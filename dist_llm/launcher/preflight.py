@@ -133,7 +133,7 @@ def engines(config: RunConfig) -> Iterator[Finding]:
 
 
 def kernels(config: RunConfig) -> Iterator[Finding]:
-    """Check the library of compiled kernels; it is loaded."""
+    """Check what computes ops beside PyTorch; the library of compiled kernels is loaded."""
     from dist_llm.ops.native import native_library
 
     library, needed = native_library(), config.kernels.required
@@ -143,6 +143,25 @@ def kernels(config: RunConfig) -> Iterator[Finding]:
         yield Finding("native kernels", "ok", None, note, needed)
     else:
         yield Finding("native kernels", "missing" if library.path is None else "wrong", None, library.problem, needed)
+    yield from _other_kernels(config)
+
+
+def _other_kernels(config: RunConfig) -> Iterator[Finding]:
+    """Check the backends of ops that are packages of others."""
+    import torch
+
+    from dist_llm.ops.backends import NATIVE, REFERENCE, TORCH
+    from dist_llm.ops.registry import BACKENDS, Place, backend_problem
+
+    place = Place("cuda" if config.device != "cpu" and machine.list_accelerators() else "cpu", torch.float32)
+    for backend in dict.fromkeys(backend for row in BACKENDS.values() for backend in row):
+        if backend in (REFERENCE, TORCH, NATIVE):
+            continue
+        ops = [op for op, row in BACKENDS.items() if backend in row]
+        needed = config.kernels.required and any(getattr(config.kernels, op) == backend for op in ops)
+        problem = backend_problem(ops[0], backend, place)
+        status: Literal["ok", "missing"] = "ok" if problem is None else "missing"
+        yield Finding(f"{backend} kernels", status, None, problem or f"for {place.device}: {', '.join(ops)}", needed)
 
 
 def extensions(config: RunConfig) -> Iterator[Finding]:

@@ -16,9 +16,15 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from dist_llm.ops.autograd import register_op
+from dist_llm.ops.backends import NATIVE, kernel, overload
 from dist_llm.types import IGNORE_INDEX
 
-NATIVE_OPS = ("cross_entropy_statistics", "cross_entropy_gradient_")
+SCHEMAS = {
+    "cross_entropy_statistics": "(Tensor logits, Tensor targets, int start, int valid, int ignored) "
+    "-> (Tensor, Tensor)",
+    "cross_entropy_gradient_": "(Tensor(a!) logits, Tensor targets, Tensor grad, Tensor top, Tensor raised, "
+    "int start, int valid, int size, int ignored, float smoothing, float z_loss) -> ()",
+}
 
 
 @dataclass(frozen=True)
@@ -30,15 +36,18 @@ class Vocabulary:
     size: int
 
 
-def native_statistics(
-    logits: Float[Tensor, "rows columns"], targets: Int64[Tensor, " rows"], vocabulary: Vocabulary
+def local_statistics(
+    logits: Float[Tensor, "rows columns"],
+    targets: Int64[Tensor, " rows"],
+    vocabulary: Vocabulary,
+    backend: str = NATIVE,
 ) -> tuple[Float32[Tensor, " rows"], Float32[Tensor, "3 rows"]]:
     """Return of this rank's columns the maximum, and: sum of exp(z - maximum), target's logit or 0, sum of logits.
 
     Of a row that is not counted: 0, and 1, 0, 0. Logits must be contiguous.
     """
     part = (vocabulary.start, vocabulary.valid, IGNORE_INDEX)
-    out: tuple[Tensor, Tensor] = torch.ops.dist_llm.cross_entropy_statistics(logits, targets, *part)
+    out: tuple[Tensor, Tensor] = kernel("cross_entropy_statistics", backend)(logits, targets, *part)
     return out
 
 
@@ -51,7 +60,7 @@ def token_losses(
 ) -> Float32[Tensor, " rows"]:
     """Return each row's loss in nats from its statistics over the whole vocabulary of `size` tokens.
 
-    sums: as `native_statistics` gives them, relative to `top`; the third is read only for smoothing.
+    sums: as `local_statistics` gives them, relative to `top`; the third is read only for smoothing.
     """
     if smoothing == 0.0 and z_loss == 0.0:
         return sums[0].log() + (top - sums[1])  # of what is near 0 first: the maximum may be large
@@ -60,27 +69,28 @@ def token_losses(
     return losses - smoothing / size * sums[2] if smoothing else losses
 
 
-def native_gradient_(
+def gradient_(
     logits: Float[Tensor, "rows columns"],
     targets: Int64[Tensor, " rows"],
     grad: Float32[Tensor, " one_or_rows"],
     whole: tuple[Float32[Tensor, " rows"], Float32[Tensor, " rows"]],
     vocabulary: Vocabulary,
-    smoothing: float = 0.0,
-    z_loss: float = 0.0,
+    terms: tuple[float, float] = (0.0, 0.0),
+    backend: str = NATIVE,
 ) -> None:
     """Write over the logits the gradient of each row's loss, times the row's `grad` (or the one number for all).
 
-    whole: maximum and sum of exp relative to it, over the whole vocabulary. Padding and rows without a target get 0.
+    whole: maximum and sum of exp relative to it, over the whole vocabulary. terms: label smoothing and the z-loss's
+    factor. Padding and rows without a target get 0.
     """
     part = (vocabulary.start, vocabulary.valid, vocabulary.size, IGNORE_INDEX)
-    torch.ops.dist_llm.cross_entropy_gradient_(logits, targets, grad, *whole, *part, smoothing, z_loss)
-    # The dispatcher does not count what an op of the stable ABI writes: whoever saved these logits must find out.
+    kernel("cross_entropy_gradient_", backend)(logits, targets, grad, *whole, *part, *terms)
+    # The dispatcher does not count what the kernels write: whoever saved these logits must find out.
     torch.autograd.graph.increment_version(logits)
 
 
-def register_native() -> None:
-    """Tell torch the shapes of the library's ops; once, after it was loaded."""
+def register(backend: str) -> None:
+    """Tell torch the shapes of a backend's overloads; once, when they are defined."""
 
     def shapes(logits: Tensor, targets: Tensor, start: int, valid: int, ignored: int) -> tuple[Tensor, Tensor]:
         rows = logits.shape[0]
@@ -88,8 +98,9 @@ def register_native() -> None:
 
     register_op(
         "cross_entropy_statistics",
+        backend,
         shapes,
         lambda ctx, inputs, output: ctx.mark_non_differentiable(*output),
         lambda ctx, *grads: (None,) * 5,
     )
-    torch.library.register_fake("dist_llm::cross_entropy_gradient_", lambda *arguments: None)
+    torch.library.register_fake(f"dist_llm::{overload('cross_entropy_gradient_', backend)}", lambda *arguments: None)

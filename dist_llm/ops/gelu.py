@@ -7,6 +7,7 @@ Kernels: kernels/gelu.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,26 +16,39 @@ from torch import Tensor
 from torch.nn import functional
 
 from dist_llm.ops.autograd import call_op, dense_like, register_last, register_op
+from dist_llm.ops.backends import TORCH, WITH_KERNELS, kernel
 
-NATIVE_OPS = ("gelu", "bias_gelu", "gelu_backward", "bias_gelu_backward")
+SCHEMAS = {
+    "gelu": "(Tensor x) -> Tensor",
+    "bias_gelu": "(Tensor x, Tensor bias) -> Tensor",
+    "gelu_backward": "(Tensor grad, Tensor x) -> Tensor",
+    "bias_gelu_backward": "(Tensor grad, Tensor x, Tensor bias) -> (Tensor, Tensor)",
+}
 
 
-def gelu(x: Float[Tensor, "*rows width"], backend: str = "reference") -> Float[Tensor, "*rows width"]:
+def gelu(x: Float[Tensor, "*rows width"], backend: str = TORCH) -> Float[Tensor, "*rows width"]:
     """Return the tanh form of GELU, in x's format."""
-    if backend == "native":
-        out: Tensor = call_op("gelu", x)
+    if backend in WITH_KERNELS:
+        out: Tensor = call_op("gelu", backend, x)
         return out
-    return functional.gelu(x, approximate="tanh")
+    return _gelu(x, backend).to(x.dtype)
+
+
+def _gelu(v: Tensor, backend: str) -> Tensor:
+    if backend == TORCH:
+        return functional.gelu(v, approximate="tanh")
+    wide = v if v.dtype == torch.float64 else v.float()
+    return wide * torch.sigmoid(math.sqrt(8 / math.pi) * (wide + 0.044715 * wide**3))
 
 
 def bias_gelu(
-    x: Float[Tensor, "*rows width"], bias: Float[Tensor, " width"], backend: str = "reference"
+    x: Float[Tensor, "*rows width"], bias: Float[Tensor, " width"], backend: str = TORCH
 ) -> Float[Tensor, "*rows width"]:
     """Return the tanh form of GELU of x + bias, in x's format."""
-    if backend == "native":
-        out: Tensor = call_op("bias_gelu", x, bias)
+    if backend in WITH_KERNELS:
+        out: Tensor = call_op("bias_gelu", backend, x, bias)
         return out
-    return functional.gelu(x + bias, approximate="tanh").to(x.dtype)
+    return _gelu(x + bias, backend).to(x.dtype)
 
 
 def _slope(grad: Tensor, v: Tensor) -> Tensor:
@@ -53,7 +67,7 @@ def _backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
         return None
     if torch.is_grad_enabled():  # the gradient is itself differentiated
         return _slope(grad, x)
-    out: Tensor = torch.ops.dist_llm.gelu_backward(grad, x)
+    out: Tensor = kernel("gelu_backward", ctx.backend)(grad, x)
     return out
 
 
@@ -64,13 +78,13 @@ def _backward_bias(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor
     if torch.is_grad_enabled():  # the gradient is itself differentiated
         grad_v = _slope(grad, x + bias)
         return grad_v.to(x.dtype), grad_v.flatten(0, -2).sum(0).to(bias.dtype)
-    out: tuple[Tensor, Tensor] = torch.ops.dist_llm.bias_gelu_backward(grad, x, bias)
+    out: tuple[Tensor, Tensor] = kernel("bias_gelu_backward", ctx.backend)(grad, x, bias)
     return out
 
 
-def register_native() -> None:
-    """Tell torch the shapes and gradients of the library's ops; once, after it was loaded."""
-    register_op("gelu", dense_like, _keep, _backward)
-    register_op("bias_gelu", lambda x, bias: dense_like(x), _keep, _backward_bias)
-    register_last("gelu_backward", lambda grad, x: dense_like(x))
-    register_last("bias_gelu_backward", lambda grad, x, bias: (dense_like(x), dense_like(bias)))
+def register(backend: str) -> None:
+    """Tell torch the shapes and gradients of a backend's overloads; once, when they are defined."""
+    register_op("gelu", backend, dense_like, _keep, _backward)
+    register_op("bias_gelu", backend, lambda x, bias: dense_like(x), _keep, _backward_bias)
+    register_last("gelu_backward", backend, lambda grad, x: dense_like(x))
+    register_last("bias_gelu_backward", backend, lambda grad, x, bias: (dense_like(x), dense_like(bias)))

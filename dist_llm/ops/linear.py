@@ -14,8 +14,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dist_llm.ops.backends import ONEDNN, REFERENCE
 from dist_llm.ops.fused_accumulation import add_weight_gradient
-from dist_llm.ops.registry import ONEDNN, REFERENCE, Kernels
+from dist_llm.ops.registry import Kernels
 
 SMALLEST_PRODUCT = 1 << 22
 """Multiplications below which oneDNN's call costs more than it gains."""

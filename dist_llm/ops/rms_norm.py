@@ -12,10 +12,17 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
+from dist_llm.ops import apex
 from dist_llm.ops.autograd import call_op, dense_like, register_last, register_op, row_numbers
+from dist_llm.ops.backends import APEX, REFERENCE, TORCH, WITH_KERNELS, kernel
 
-NATIVE_OPS = ("rms_norm", "add_rms_norm", "rms_norm_backward")
+SCHEMAS = {
+    "rms_norm": "(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
+    "add_rms_norm": "(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
+    "rms_norm_backward": "(Tensor grad, Tensor? grad_total, Tensor x, Tensor weight, Tensor rstd) -> (Tensor, Tensor)",
+}
 
 
 def _wide(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -54,12 +61,17 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(
-    x: Float[Tensor, "*rows width"], weight: Float[Tensor, " width"], eps: float, backend: str = "reference"
+    x: Float[Tensor, "*rows width"], weight: Float[Tensor, " width"], eps: float, backend: str = REFERENCE
 ) -> Float[Tensor, "*rows width"]:
     """Normalise the last dim of x by its root mean square and scale it by weight; result in x's format."""
     out: Tensor
-    if backend == "native":
-        out = call_op("rms_norm", x, weight, eps)[0]
+    if backend in WITH_KERNELS:
+        out = call_op("rms_norm", backend, x, weight, eps)[0]
+    elif backend == TORCH:
+        # Its kernel is for weights of x's format; with others it would be many.
+        out = functional.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+    elif backend == APEX:
+        out = apex.rms_norm(x, weight, eps)
     else:
         out = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return out
@@ -70,26 +82,24 @@ def add_rms_norm(
     residual: Float[Tensor, "*rows width"],
     weight: Float[Tensor, " width"],
     eps: float,
-    backend: str = "reference",
+    backend: str = REFERENCE,
 ) -> tuple[Float[Tensor, "*rows width"], Float[Tensor, "*rows width"]]:
     """Return the norm of x + residual, and that sum; both in x's format."""
-    if backend == "native":
-        normed, total, _ = call_op("add_rms_norm", x, residual, weight, eps)
+    if backend in WITH_KERNELS:
+        normed, total, _ = call_op("add_rms_norm", backend, x, residual, weight, eps)
         return normed, total
     total = x + residual
-    return rms_norm(total, weight, eps), total
+    return rms_norm(total, weight, eps, backend), total
 
 
-def _native_gradients(
-    grad: Tensor | None, grad_total: Tensor | None, x: Tensor, weight: Tensor, saved: tuple[Tensor, float]
-) -> tuple[Tensor | None, Tensor | None]:
-    rstd, eps = saved
+def _kernel_gradients(ctx: Any, grad: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    x, weight, rstd = ctx.saved_tensors
     if grad is None:
         return grad_total, None
     if torch.is_grad_enabled():  # the gradient is itself differentiated: of operations that can be
-        grad_x, grad_weight = _gradients(grad, x, weight, _rstd(x, eps))
+        grad_x, grad_weight = _gradients(grad, x, weight, _rstd(x, ctx.eps))
         return grad_x if grad_total is None else grad_x + grad_total, grad_weight
-    out: tuple[Tensor, Tensor] = torch.ops.dist_llm.rms_norm_backward(grad, grad_total, x, weight, rstd)
+    out: tuple[Tensor, Tensor] = kernel("rms_norm_backward", ctx.backend)(grad, grad_total, x, weight, rstd)
     return out
 
 
@@ -100,8 +110,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    x, weight, rstd = ctx.saved_tensors
-    return *_native_gradients(grad, None, x, weight, (rstd, ctx.eps)), None
+    return *_kernel_gradients(ctx, grad, None), None
 
 
 def _keep_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -112,18 +121,18 @@ def _keep_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor,
 
 
 def _backward_total(ctx: Any, grad: Tensor | None, grad_total: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    total, weight, rstd = ctx.saved_tensors
-    grad_x, grad_weight = _native_gradients(grad, grad_total, total, weight, (rstd, ctx.eps))
+    grad_x, grad_weight = _kernel_gradients(ctx, grad, grad_total)
     return grad_x, grad_x, grad_weight, None
 
 
-def register_native() -> None:
-    """Tell torch the shapes and gradients of the library's ops; once, after it was loaded."""
-    register_op("rms_norm", lambda x, weight, eps: (dense_like(x), row_numbers(x)), _keep, _backward)
+def register(backend: str) -> None:
+    """Tell torch the shapes and gradients of a backend's overloads; once, when they are defined."""
+    register_op("rms_norm", backend, lambda x, weight, eps: (dense_like(x), row_numbers(x)), _keep, _backward)
     register_op(
         "add_rms_norm",
+        backend,
         lambda x, residual, weight, eps: (dense_like(x), dense_like(x), row_numbers(x)),
         _keep_total,
         _backward_total,
     )
-    register_last("rms_norm_backward", lambda grad, more, x, weight, rstd: (dense_like(x), dense_like(weight)))
+    register_last("rms_norm_backward", backend, lambda grad, more, x, weight, rstd: (dense_like(x), dense_like(weight)))

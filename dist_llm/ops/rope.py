@@ -16,8 +16,9 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from dist_llm.ops.autograd import call_op, dense_like, register_op
+from dist_llm.ops.backends import REFERENCE, WITH_KERNELS, kernel
 
-NATIVE_OPS = ("rope",)
+SCHEMAS = {"rope": "(Tensor query, Tensor key, Tensor cos, Tensor sin, bool inverse) -> (Tensor, Tensor)"}
 
 
 def inverse_frequencies(head_dim: int, theta: float) -> Float64[Tensor, " half"]:
@@ -74,11 +75,11 @@ def rotate_pair(
     query: Float[Tensor, "batch seq heads head_dim"],
     key: Float[Tensor, "batch seq kv_heads head_dim"],
     table: tuple[Float[Tensor, "seq half"], Float[Tensor, "seq half"]],
-    backend: str = "reference",
+    backend: str = REFERENCE,
 ) -> tuple[Float[Tensor, "batch seq heads head_dim"], Float[Tensor, "batch seq kv_heads head_dim"]]:
     """Rotate query and key by the table (cos, sin; half: head_dim / 2), in the wider of their formats."""
-    if backend == "native":
-        out: tuple[Tensor, Tensor] = call_op("rope", query, key, *table, False)
+    if backend in WITH_KERNELS:
+        out: tuple[Tensor, Tensor] = call_op("rope", backend, query, key, *table, False)
         return out
     return rotate(query, *table), rotate(key, *table)
 
@@ -95,13 +96,15 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     if given is None:
         return None, None, None, None, None
     both = (given.new_zeros(shape) if x is None else x for x, shape in zip(grads, ctx.shapes, strict=True))
-    out: tuple[Tensor, Tensor] = torch.ops.dist_llm.rope(*both, *ctx.saved_tensors, not ctx.inverse)
+    out: tuple[Tensor, Tensor] = kernel("rope", ctx.backend)(*both, *ctx.saved_tensors, not ctx.inverse)
     return *out, None, None, None
 
 
-def register_native() -> None:
-    """Tell torch the shapes and the gradient of the library's op; once, after it was loaded."""
-    register_op("rope", lambda query, key, cos, sin, inverse: (dense_like(query), dense_like(key)), _keep, _backward)
+def register(backend: str) -> None:
+    """Tell torch the shapes and gradients of a backend's overloads; once, when they are defined."""
+    register_op(
+        "rope", backend, lambda query, key, cos, sin, inverse: (dense_like(query), dense_like(key)), _keep, _backward
+    )
 
 
 Scaling = Literal["none", "llama3", "yarn"]

@@ -14,8 +14,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from dist_llm.ops.autograd import call_op, dense_like, register_last, register_op
+from dist_llm.ops.backends import REFERENCE, WITH_KERNELS, kernel
 
-NATIVE_OPS = ("swiglu", "swiglu_backward")
+SCHEMAS = {
+    "swiglu": "(Tensor gate, Tensor up) -> Tensor",
+    "swiglu_backward": "(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)",
+}
 
 
 def _gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,12 +42,12 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(
-    gate: Float[Tensor, "*rows width"], up: Float[Tensor, "*rows width"], backend: str = "reference"
+    gate: Float[Tensor, "*rows width"], up: Float[Tensor, "*rows width"], backend: str = REFERENCE
 ) -> Float[Tensor, "*rows width"]:
     """Return silu(gate) * up."""
     out: Tensor
-    if backend == "native":
-        out = call_op("swiglu", gate, up)
+    if backend in WITH_KERNELS:
+        out = call_op("swiglu", backend, gate, up)
     else:
         out = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
     return out
@@ -59,11 +63,11 @@ def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | No
         return None, None
     if torch.is_grad_enabled():  # the gradient is itself differentiated
         return _gradients(grad, gate, up)
-    out: tuple[Tensor, Tensor] = torch.ops.dist_llm.swiglu_backward(grad, gate, up)
+    out: tuple[Tensor, Tensor] = kernel("swiglu_backward", ctx.backend)(grad, gate, up)
     return out
 
 
-def register_native() -> None:
-    """Tell torch the shapes and gradients of the library's ops; once, after it was loaded."""
-    register_op("swiglu", lambda gate, up: dense_like(gate), _keep, _backward)
-    register_last("swiglu_backward", lambda grad, gate, up: (dense_like(gate), dense_like(up)))
+def register(backend: str) -> None:
+    """Tell torch the shapes and gradients of a backend's overloads; once, when they are defined."""
+    register_op("swiglu", backend, lambda gate, up: dense_like(gate), _keep, _backward)
+    register_last("swiglu_backward", backend, lambda grad, gate, up: (dense_like(gate), dense_like(up)))

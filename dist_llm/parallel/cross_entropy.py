@@ -4,7 +4,7 @@
 
 The max and the two sums are reduced over tp, so no rank ever holds all logits. Columns at or past the real
 vocabulary are padding: they are cut off before the max, get no gradient and are never predicted. The reference keeps
-probabilities beside the logits; the native op (ops/cross_entropy.py) writes the gradient over them.
+probabilities beside the logits; kernels (ops/cross_entropy.py) write the gradient over them.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.nn import functional
 
-from dist_llm.ops.cross_entropy import Vocabulary, native_gradient_, native_statistics, token_losses
-from dist_llm.ops.registry import NATIVE, REFERENCE
+from dist_llm.ops.backends import REFERENCE, TORCH, WITH_KERNELS
+from dist_llm.ops.cross_entropy import Vocabulary, gradient_, local_statistics, token_losses
 from dist_llm.runtime.mesh import Axis
 from dist_llm.types import IGNORE_INDEX
 
@@ -73,26 +74,35 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
 class _InPlaceCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, part: Vocabulary, axis: Axis) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, part: Vocabulary, axis: Axis, backend: str) -> Tensor:
         rows, wanted = logits.detach().flatten(0, -2), targets.flatten()
-        local, sums = native_statistics(rows, wanted, part)
+        local, sums = local_statistics(rows, wanted, part, backend)
         top = local
         if axis.size > 1:
             top = local.clone()
             dist.all_reduce(top, op=dist.ReduceOp.MAX, group=axis.group)
             sums[0] *= torch.exp(local - top)
             dist.all_reduce(sums[:2], group=axis.group)
-        ctx.part = part
+        ctx.part, ctx.backend = part, backend
         ctx.save_for_backward(logits, wanted, top, sums[0].clone())
         return token_losses(top, sums, part.size).masked_fill_(wanted == IGNORE_INDEX, 0.0).sum()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         _refuse_second_gradient()
         logits, wanted, top, raised = ctx.saved_tensors
         gradient = logits.detach()
-        native_gradient_(gradient.flatten(0, -2), wanted, grads[0].reshape(1), (top, raised), ctx.part)
-        return gradient, None, None, None
+        pull = grads[0].reshape(1)
+        gradient_(gradient.flatten(0, -2), wanted, pull, (top, raised), ctx.part, backend=ctx.backend)
+        return gradient, None, None, None, None
+
+
+def _torch_cross_entropy_sum(logits: Tensor, targets: Tensor, vocab_size: int, axis: Axis) -> Tensor:
+    if axis.size > 1:
+        raise ValueError(f"torch's cross entropy needs the whole vocabulary, which {axis.size} ranks share")
+    real = logits[..., :vocab_size].flatten(0, -2)
+    wide = real if real.dtype == torch.float64 else real.float()
+    return functional.cross_entropy(wide, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def cross_entropy_sum(
@@ -104,16 +114,19 @@ def cross_entropy_sum(
 ) -> Float[Tensor, ""]:
     """Return the sum of token losses in nats (fp32 or fp64), equal on every tp rank.
 
-    logits: this rank's columns, padding included; native: the backward writes over them, unless they are a leaf or have
-    gaps. targets: IGNORE_INDEX where not counted. Issues two all-reduces over tp forward (max; sum and target), none
-    backward. Backward may run once, and cannot be differentiated.
+    logits: this rank's columns, padding included; with kernels the backward writes over them, unless they are a leaf or
+    have gaps. targets: IGNORE_INDEX where not counted. Issues two all-reduces over tp forward (max; sum and target),
+    none backward. Backward may run once, and cannot be differentiated; torch's can, of a vocabulary that is whole here:
+    else it raises ValueError.
     """
+    if backend == TORCH:
+        return _torch_cross_entropy_sum(logits, targets, vocab_size, axis)
     out: Tensor
-    if backend == NATIVE:
+    if backend in WITH_KERNELS:
         is_a_leaf = torch.is_grad_enabled() and logits.requires_grad and logits.is_leaf
         if is_a_leaf or not logits.is_contiguous():
             logits = logits.clone(memory_format=torch.contiguous_format)
-        out = _InPlaceCrossEntropy.apply(logits, targets, _part(logits, vocab_size, axis), axis)  # type: ignore[no-untyped-call]
+        out = _InPlaceCrossEntropy.apply(logits, targets, _part(logits, vocab_size, axis), axis, backend)  # type: ignore[no-untyped-call]
     else:
         out = _VocabParallelCrossEntropy.apply(logits, targets, vocab_size, axis)  # type: ignore[no-untyped-call]
     return out

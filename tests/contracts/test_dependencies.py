@@ -13,11 +13,12 @@ from typing import Any
 from tests.contracts.source import ROOT, Source, imported_modules, python_sources
 
 OWN = {"dist_llm", "tests", "docs", "benchmarks"}
-OPTIONAL = {
+OPTIONAL: dict[str, str | tuple[str, ...]] = {
     "deepspeed": "dist_llm/engine/deepspeed",
     "megatron": "dist_llm/engine/megatron",
-    "transformer_engine": "dist_llm/engine/megatron",
-    "apex": "dist_llm/engine/megatron",
+    "transformer_engine": ("dist_llm/engine/megatron", "dist_llm/ops/transformer_engine.py"),
+    "transformer_engine_torch": "dist_llm/ops/transformer_engine.py",
+    "apex": ("dist_llm/engine/megatron", "dist_llm/ops/apex.py"),
     "wandb": "dist_llm/telemetry/wandb.py",
     "triton": "dist_llm/ops/triton/",
 }

@@ -13,8 +13,8 @@ from tests.contracts.source import ROOT, Source, imported_modules, python_source
 OWNERS = {
     "deepspeed": ("dist_llm/engine/deepspeed",),
     "megatron": ("dist_llm/engine/megatron",),
-    "transformer_engine": ("dist_llm/engine/megatron",),
-    "apex": ("dist_llm/engine/megatron",),
+    "transformer_engine": ("dist_llm/engine/megatron", "dist_llm/ops/transformer_engine.py"),
+    "apex": ("dist_llm/engine/megatron", "dist_llm/ops/apex.py"),
 }
 """Beginnings of the names of files that may import a package, and only they."""
 

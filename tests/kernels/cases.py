@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from dist_llm.ops.backends import NATIVE, REFERENCE, TORCH, TRITON, kernel
 from dist_llm.ops.gelu import bias_gelu, gelu
 from dist_llm.ops.layer_norm import add_layer_norm, layer_norm
-from dist_llm.ops.registry import NATIVE, NATIVE_OPS, REFERENCE, native_problem
+from dist_llm.ops.registry import BACKENDS, Place, backend_problem
 from dist_llm.ops.rms_norm import add_rms_norm, rms_norm
 from dist_llm.ops.rope import inverse_frequencies, rotate_pair, rotation_table
 from dist_llm.ops.swiglu import swiglu
@@ -24,7 +26,7 @@ Inputs = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Case:
-    """An op as a function of (backend, inputs) that returns tensors; raw: its native op and the arguments for that.
+    """An op as a function of (backend, inputs) that returns tensors; raw: the arguments of its kernel, by its schema.
 
     inputs: of rows of a shape in a format, weights in another. twice: whether it can be differentiated twice.
     """
@@ -34,12 +36,12 @@ class Case:
     call: Callable[[str, Inputs], tuple[Tensor, ...]]
     inputs: Callable[[tuple[int, ...], torch.dtype, torch.dtype], Inputs]
     raw: Callable[[Inputs], tuple[object, ...]]
-    native: str = ""
+    schema: str = ""
     twice: bool = True
 
-    def native_op(self) -> object:
-        """Return the native op, to be checked by itself."""
-        return getattr(torch.ops.dist_llm, self.native or self.name).default
+    def kernel(self, backend: str) -> Callable[..., object]:
+        """Return the op as a backend computes it, to be checked by itself."""
+        return kernel(self.schema or self.name, backend)
 
 
 def _rows(count: int) -> Callable[[tuple[int, ...], torch.dtype, torch.dtype], Inputs]:
@@ -167,12 +169,17 @@ CASES = {
 
 def backends_of(op: str) -> list[str]:
     """Return what can compute an op here beside the reference."""
-    return [NATIVE] if native_problem(op) is None else []
+    return [backend for backend in (NATIVE, TORCH) if backend in BACKENDS[op] and problem_of(op, backend) is None]
 
 
-def why_none() -> str:
-    """Say why no backend but the reference loads here."""
-    return "; ".join(dict.fromkeys(filter(None, (native_problem(op) for op in NATIVE_OPS))))
+def interpreted_backends_of(op: str) -> list[str]:
+    """Return what can compute an op where kernels are interpreted, which is another process."""
+    return [TRITON] if TRITON in BACKENDS[op] and find_spec("triton") is not None else []
+
+
+def problem_of(op: str, backend: str) -> str | None:
+    """Say why a backend cannot compute an op on this CPU, in this process."""
+    return backend_problem(op, backend, Place("cpu", torch.float32))
 
 
 def truth(case: Case, inputs: Inputs) -> Inputs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dist_llm.ops.registry import NATIVE
+from dist_llm.ops.backends import NATIVE
 from tests.kernels.cases import CASES, backends_of, truth, with_gradients
 
 WITHIN = {torch.float32: 3e-6, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}

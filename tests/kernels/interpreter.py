@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from dist_llm.ops.backends import TRITON
+from dist_llm.ops.registry import BACKENDS, Place, backend_problem
 from dist_llm.runtime.variables import lend_variables
 
 TIMEOUT_SECONDS = 120.0
@@ -22,9 +24,14 @@ def interpreted(test: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(test)
     def run(**arguments: Any) -> None:
-        _worker().submit(_run, test.__module__, test.__name__, arguments).result(TIMEOUT_SECONDS)
+        run_interpreted(test, arguments)
 
     return run
+
+
+def run_interpreted(test: Callable[..., None], arguments: dict[str, Any]) -> None:
+    """Run what a decorator of the test wraps where kernels are interpreted."""
+    _worker().submit(_run, test.__module__, test.__name__, arguments).result(TIMEOUT_SECONDS)
 
 
 @cache
@@ -39,6 +46,10 @@ def _start() -> None:
     # The variable is the parent's again as soon as this returns, and triton reads it once.
     importlib.import_module("triton.language")
     torch.set_num_threads(1)
+    for op, backends in BACKENDS.items():
+        if TRITON in backends:
+            problem = backend_problem(op, TRITON, Place("cpu", torch.float32))
+            assert problem is None, problem
     # Lanes outside of a mask divide by zero, as they do on a GPU, where nobody is told.
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from dist_llm.errors import ConfigError
 from dist_llm.models.kernels import apply_kernels
 from dist_llm.models.transformer import Transformer
+from dist_llm.ops.backends import ONEDNN, REFERENCE
 from dist_llm.ops.linear import SMALLEST_PRODUCT, WeightGradients, linear
-from dist_llm.ops.registry import ONEDNN, REFERENCE, Kernels, choose_kernels
+from dist_llm.ops.registry import Kernels, Place, choose_kernels
 from tests.parallel.tiny import LLAMA, tiny_config
 
 needs_onednn = pytest.mark.skipif(
@@ -105,7 +106,7 @@ def test_a_model_of_it_is_the_same_model() -> None:
 @needs_onednn
 def test_auto_takes_it_where_torchs_own_products_are_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen(maker: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> str:
-        return choose_kernels({}, False, device, dtype, maker).kernels.linear
+        return choose_kernels({}, False, Place(device, dtype, maker=maker)).kernels.linear
 
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
     assert chosen("AuthenticAMD") == ONEDNN
@@ -114,4 +115,4 @@ def test_auto_takes_it_where_torchs_own_products_are_behind(monkeypatch: pytest.
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
     assert chosen("AuthenticAMD") == REFERENCE
     with pytest.raises(ConfigError, match=r"kernels.linear=onednn cannot be had: oneDNN multiplies on a CPU in fp32"):
-        choose_kernels({"linear": ONEDNN}, True, "cuda", torch.float32)
+        choose_kernels({"linear": ONEDNN}, True, Place("cuda", torch.float32))

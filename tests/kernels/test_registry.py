@@ -8,24 +8,33 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 from dist_llm.config.decode import decode
-from dist_llm.engine.kernels import kernels_for
+from dist_llm.config.kernels import KernelsConfig
+from dist_llm.engine.kernels import foretold_kernels, kernels_for
 from dist_llm.errors import ConfigError, ExitCode
 from dist_llm.models.kernels import apply_kernels
 from dist_llm.models.transformer import Transformer
 from dist_llm.ops import native
+from dist_llm.ops.backends import AUTO, NATIVE, REFERENCE, TORCH, TRITON, kernel
 from dist_llm.ops.native import FACTS, LIBRARY, NativeLibrary, native_library, open_library
-from dist_llm.ops.registry import NATIVE, REFERENCE, Kernels, choose_kernels, native_problem
+from dist_llm.ops.registry import BACKENDS, CUSTOM_OPS, Kernels, Place, choose_kernels, native_problem
+from dist_llm.ops.triton.here import triton_problem
 from tests.parallel.tiny import LLAMA, MOE, tiny_config
 
 needs_library = pytest.mark.skipif(
     native_library().problem is not None, reason=f"kernels: no native library here: {native_library().problem}"
 )
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton: not installed (it is for Linux alone)")
+CPU, GPU = Place("cpu", torch.float32), Place("cuda", torch.bfloat16)
 
 
 def _copy(folder: Path) -> Path:
@@ -39,37 +48,100 @@ def _copy(folder: Path) -> Path:
 def without_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("dist_llm.ops.registry.native_library", lambda: NativeLibrary("there was no compiler: buy"))
     native_problem.cache_clear()
-    monkeypatch.setattr("dist_llm.engine.kernels.native_library", lambda: NativeLibrary("there was no compiler"))
-    monkeypatch.setattr("dist_llm.engine.kernels.processor_maker", lambda: "")
     yield
     native_problem.cache_clear()
 
 
 @needs_library
 def test_the_fastest_is_taken_and_a_wish_is_heard() -> None:
-    assert choose_kernels({}, True, "cpu", torch.float32).kernels == Kernels(
+    assert choose_kernels({}, True, CPU).kernels == Kernels(
         rms_norm=NATIVE, gelu=NATIVE, swiglu=NATIVE, rope=NATIVE, cross_entropy=NATIVE
     )
-    chosen = choose_kernels({"rms_norm": "reference", "layer_norm": "native"}, True, "cpu", torch.bfloat16)
-    assert (chosen.kernels.rms_norm, chosen.kernels.layer_norm) == (REFERENCE, NATIVE)
+    in_bf16 = replace(CPU, dtype=torch.bfloat16)
+    chosen = choose_kernels({"rms_norm": "torch", "layer_norm": "native"}, True, in_bf16)
+    assert (chosen.kernels.rms_norm, chosen.kernels.layer_norm) == (TORCH, NATIVE)
     assert "native (" in str(chosen)
-    assert choose_kernels({}, True, "cuda", torch.bfloat16).kernels == Kernels()
-    assert choose_kernels({}, True, "cpu", torch.bfloat16).kernels == Kernels()
+    assert choose_kernels({}, True, in_bf16).kernels == Kernels()
+
+
+@needs_triton
+def test_a_gpu_computes_with_triton_where_that_moves_fewer_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dist_llm.ops.registry.triton_problem", lambda device: None)
+    chosen = choose_kernels({}, True, GPU).kernels
+    kernels = dict.fromkeys(("rms_norm", "layer_norm", "swiglu", "rope", "cross_entropy"), TRITON)
+    assert chosen == Kernels(**kernels)
+    for name, schema in ((name, schema) for op in kernels for name, schema in CUSTOM_OPS[op].schemas.items()):
+        assert str(kernel(name, TRITON)._schema) == f"dist_llm::{name}.triton{schema}"  # type: ignore[attr-defined]
+        key = f"dist_llm::{name}.triton", "CUDA"
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(*key)
+    # What inductor compiles it fuses; the loss is outside of that.
+    assert choose_kernels({}, True, replace(GPU, compiled=True)).kernels == Kernels(cross_entropy=TRITON)
+    assert choose_kernels({"rope": "triton"}, True, replace(GPU, compiled=True)).kernels.rope == TRITON
+    assert choose_kernels({}, True, replace(GPU, dtype=torch.float64)).kernels == Kernels()
+
+
+@needs_triton
+def test_a_row_that_triton_cannot_hold_falls_back_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dist_llm.ops.registry.triton_problem", lambda device: None)
+    wide = tiny_config(None, {**LLAMA, "hidden_size": 12288, "num_heads": 96})
+    chosen = kernels_for(wide, torch.device("cuda"))
+    assert (chosen.rms_norm, chosen.layer_norm, chosen.swiglu) == (TORCH, TORCH, TRITON)
+    required = wide.model_copy(update={"kernels": KernelsConfig(rms_norm="triton", required=True)})
+    with pytest.raises(
+        ConfigError, match="rms_norm=triton cannot be had: triton's rms_norm holds rows of up to 8192 "
+    ) as caught:
+        kernels_for(required, torch.device("cuda"))
+    assert caught.value.exit_code == ExitCode.CONFIG
+
+
+def test_a_gpus_kernels_are_foretold_as_the_defaults() -> None:
+    """A dry run is where the GPU is not: what computes there holds no more."""
+    config = tiny_config(None, LLAMA)
+    cluster = config.cluster.model_copy(update={"device": "cuda"})
+    asked = config.model_copy(update={"kernels": KernelsConfig(rope="triton"), "cluster": cluster})
+    assert foretold_kernels(asked) == Kernels()
+
+
+def test_without_triton_or_a_gpu_the_next_best_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dist_llm.ops.triton.here.find_spec", lambda name: None)
+    monkeypatch.setattr("dist_llm.ops.registry.triton_problem", triton_problem.__wrapped__)
+    chosen = choose_kernels({}, False, GPU)
+    assert chosen.kernels == Kernels(rms_norm=TORCH)
+    assert "(triton is not installed: pip install 'dist-llm[triton]')" in str(chosen)
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+def test_triton_without_a_gpu_says_so() -> None:
+    assert str(triton_problem("cuda")).startswith("triton finds no GPU that it can use: 0 active drivers")
+    fallback = choose_kernels({"gelu": "triton"}, False, CPU).fallbacks["gelu"]
+    assert fallback == "triton's kernels are for GPUs, not cpu; TRITON_INTERPRET=1 tests them on a CPU"
 
 
 def test_what_no_kernel_computes_falls_back_and_says_why() -> None:
-    chosen = choose_kernels({"rms_norm": "native"}, False, "cpu", torch.float64)
+    wide = replace(CPU, dtype=torch.float64)
+    chosen = choose_kernels({"rms_norm": "native"}, False, wide)
     assert chosen.kernels == Kernels()
     assert "native kernels compute fp32, bf16 and fp16, not float64" in str(chosen)
-    cuda = choose_kernels({"layer_norm": "native"}, False, "cuda", torch.bfloat16)
-    assert cuda.fallbacks == {"layer_norm": "native layer_norm is for cpu alone, not cuda"}
+    cuda = choose_kernels({"gelu": "native"}, False, GPU)
+    assert cuda.fallbacks["gelu"] == "native gelu is for cpu alone, not cuda"
+    split = choose_kernels({"cross_entropy": "torch"}, False, replace(CPU, vocabulary_ranks=2))
+    assert split.fallbacks["cross_entropy"] == "torch's cross_entropy needs the whole vocabulary, which 2 ranks share"
 
 
 def test_required_makes_a_fallback_an_error() -> None:
+    wanted = {"rms_norm": "native", "swiglu": "native"}
     with pytest.raises(ConfigError, match=r"kernels.rms_norm=native cannot be had: native kernels compute") as caught:
-        choose_kernels({"rms_norm": "native"}, True, "cpu", torch.float64)
+        choose_kernels(wanted, True, replace(CPU, dtype=torch.float64))
     assert caught.value.exit_code == ExitCode.CONFIG
-    assert [violation.key for violation in caught.value.violations] == ["kernels.rms_norm"]
+    assert [violation.key for violation in caught.value.violations] == ["kernels.rms_norm", "kernels.swiglu"]
+
+
+def test_settings_offer_what_the_registry_has() -> None:
+    for op, backends in BACKENDS.items():
+        known = get_args(KernelsConfig.model_fields[op].annotation)
+        assert sorted(known) == sorted((AUTO, *backends))
+    assert set(BACKENDS) == set(vars(Kernels()))
 
 
 @pytest.mark.usefixtures("without_library")
@@ -78,7 +150,7 @@ def test_without_a_library_the_reference_computes_and_one_warning_says_so(caplog
     logging.getLogger("dist_llm").propagate = True
     with caplog.at_level(logging.INFO, "dist_llm"):
         for _ in range(2):
-            assert kernels_for(config, torch.device("cpu")) == Kernels()
+            assert replace(kernels_for(config, torch.device("cpu")), linear=REFERENCE) == Kernels()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "there was no compiler: buy" in caplog.text
     required = config.model_copy(update={"kernels": config.kernels.model_copy(update={"required": True})})
@@ -88,8 +160,8 @@ def test_without_a_library_the_reference_computes_and_one_warning_says_so(caplog
 
 def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
     tree = tiny_config(None, LLAMA).model_dump(mode="json")
-    tree["kernels"] = {"rms_norm": "triton"}
-    with pytest.raises(ConfigError, match=r"kernels.rms_norm=triton.*use auto, reference or native"):
+    tree["kernels"] = {"rope": "torch"}
+    with pytest.raises(ConfigError, match=r"kernels.rope=torch.*use auto, reference, native or triton"):
         decode(tree)
 
 

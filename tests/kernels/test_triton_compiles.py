@@ -76,7 +76,7 @@ def _bias_gelu(dtype: torch.dtype) -> None:
 def _rope(dtype: torch.dtype) -> None:
     q, k, table = _meta(2, ROWS, 32, 128, dtype=dtype), _meta(2, ROWS, 8, 128, dtype=dtype), _meta(ROWS, 64)
     rope.rope_(q, k, table, table)
-    rope.rope_(q, k, table, table, inverse=True)
+    rope.rope(q, k, table, table, inverse=True)
 
 
 def _softmax(dtype: torch.dtype, keys: int = 2048) -> None:
@@ -87,10 +87,10 @@ def _softmax(dtype: torch.dtype, keys: int = 2048) -> None:
 
 
 def _cross_entropy(dtype: torch.dtype) -> None:
-    logits, targets, lse = _meta(ROWS, 128256, dtype=dtype), _meta(ROWS, dtype=torch.int64), _meta(ROWS)
+    logits, targets, numbers = _meta(ROWS, 128256, dtype=dtype), _meta(ROWS, dtype=torch.int64), _meta(ROWS)
     whole = cross_entropy.Vocabulary(0, 128256, 128256)
     cross_entropy.cross_entropy_statistics(logits, targets, whole)
-    cross_entropy.cross_entropy_gradient_(logits, targets, lse, _meta(), whole, 0.1, 1e-4)
+    cross_entropy.cross_entropy_gradient_(logits, targets, _meta(1), (numbers, numbers), whole, 0.1, 1e-4)
 
 
 def _adamw(dtype: torch.dtype) -> None:

@@ -34,7 +34,8 @@ def test_cross_entropy_of_split_logits(smoothing: float, z_loss: float, ranks: i
     wide = _leaf(logits)
     lse = wide.logsumexp(-1)
     losses = functional.cross_entropy(wide, targets, reduction="none", label_smoothing=smoothing) + z_loss * lse**2
-    losses = losses * (targets != IGNORE_INDEX)
+    counted = targets != IGNORE_INDEX
+    losses = losses * counted
     (3 * losses.sum()).backward()
 
     padded = functional.pad(logits, (0, columns * ranks - size), value=50.0)
@@ -45,15 +46,19 @@ def test_cross_entropy_of_split_logits(smoothing: float, z_loss: float, ranks: i
     found = [
         cross_entropy.cross_entropy_statistics(part, targets, share) for part, share in zip(parts, shares, strict=True)
     ]
+    for tops, sums in found:
+        assert not tops[~counted].any()
+        assert torch.equal(sums[:, ~counted].flatten(), torch.tensor([1.0, 0.0, 0.0]))
     top = torch.stack([tops for tops, _ in found]).amax(0)
     raised = sum(sums[0] * torch.exp(tops - top) for tops, sums in found)
     target, plain = (sum(sums[index] for _, sums in found) for index in (1, 2))
     joined = top + torch.log(raised)
-    check_close(joined, lse.detach())
+    check_close(joined[counted], lse.detach()[counted])
     loss = joined - (1 - smoothing) * target - smoothing / size * plain + z_loss * joined**2
-    check_close(loss * (targets != IGNORE_INDEX), losses.detach())
+    check_close(loss * counted, losses.detach())
+    pulls = torch.full((1,) if ranks == 1 else (rows,), 3.0)
     for part, share in zip(parts, shares, strict=True):
-        cross_entropy.cross_entropy_gradient_(part, targets, joined, torch.tensor(3.0), share, smoothing, z_loss)
+        cross_entropy.cross_entropy_gradient_(part, targets, pulls, (top, raised), share, smoothing, z_loss)
     grad = torch.cat(parts, 1)
     check_close(grad[:, :size], wide.grad)
     assert not grad[:, size:].any()
@@ -66,7 +71,7 @@ def test_cross_entropy_of_a_rank_that_holds_only_padding() -> None:
     top, sums = cross_entropy.cross_entropy_statistics(logits, targets, share)
     assert torch.equal(top, torch.full((2,), -torch.inf))
     assert not sums.any()
-    cross_entropy.cross_entropy_gradient_(logits, targets, torch.zeros(2), torch.tensor(1.0), share)
+    cross_entropy.cross_entropy_gradient_(logits, targets, torch.ones(1), (torch.zeros(2), torch.ones(2)), share)
     assert not logits.any()
 
 

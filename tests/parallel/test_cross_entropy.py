@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dist_llm.ops.cross_entropy import Vocabulary, native_gradient_, native_statistics, token_losses
-from dist_llm.ops.registry import NATIVE, REFERENCE, native_problem
+from dist_llm.ops.backends import NATIVE, REFERENCE, TORCH
+from dist_llm.ops.cross_entropy import Vocabulary, gradient_, local_statistics, token_losses
+from dist_llm.ops.registry import native_problem
 from dist_llm.parallel.activations import ActivationLog
 from dist_llm.parallel.cross_entropy import cross_entropy_sum
 from dist_llm.runtime.pool import WorkerPool
@@ -39,7 +42,7 @@ def _truth(logits: Tensor, targets: Tensor, smoothing: float = 0.0, z_loss: floa
     return losses.detach(), grad
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, TORCH])
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
 @pytest.mark.parametrize("mean", [0.0, 300.0])
 def test_one_rank(backend: str, dtype: torch.dtype, mean: float) -> None:
@@ -102,7 +105,7 @@ def test_smoothing_and_z_loss(smoothing: float, z_loss: float, dtype: torch.dtyp
     padded = functional.pad(logits, (0, 2 * columns - size), value=50.0)
     parts = [part.contiguous() for part in padded.split(columns, 1)]
     shares = [Vocabulary(rank * columns, min(columns, size - rank * columns), size) for rank in range(2)]
-    tops, sums = zip(*(native_statistics(p, targets, s) for p, s in zip(parts, shares, strict=True)), strict=True)
+    tops, sums = zip(*(local_statistics(p, targets, s) for p, s in zip(parts, shares, strict=True)), strict=True)
     top = torch.stack(tops).amax(0)
     whole = sum(
         numbers * torch.stack([torch.exp(t - top), *2 * [torch.ones(rows)]])
@@ -113,7 +116,7 @@ def test_smoothing_and_z_loss(smoothing: float, z_loss: float, dtype: torch.dtyp
     check_close(token_losses(top, whole, size, smoothing, z_loss) * counted, wanted)
     scale = torch.linspace(1, 2, rows)
     for part, share in zip(parts, shares, strict=True):
-        native_gradient_(part, targets, scale * 3, (top, whole[0].contiguous()), share, smoothing, z_loss)
+        gradient_(part, targets, scale * 3, (top, whole[0].contiguous()), share, (smoothing, z_loss))
     found = torch.cat(parts, 1)
     check_close(found[:, :size], grad * scale[:, None])
     assert not found[:, size:].any()
@@ -125,7 +128,7 @@ def test_exp_is_within_a_millionth() -> None:
     x = torch.cat((torch.linspace(-87, 0, 100_001), -torch.logspace(-8, 1, 9999)))[None].contiguous()
     wanted = x.double().exp()
     one, nothing = torch.ones(1), torch.zeros(1)
-    native_gradient_(x, torch.tensor([x.shape[1] + 5]), one, (nothing, one), Vocabulary(0, x.shape[1], 2 * x.shape[1]))
+    gradient_(x, torch.tensor([x.shape[1] + 5]), one, (nothing, one), Vocabulary(0, x.shape[1], 2 * x.shape[1]))
     assert ((x.double() - wanted).abs() / wanted).max() <= 1e-6
 
 
@@ -170,6 +173,11 @@ def test_a_backward_runs_once(backend: str) -> None:
         loss.backward()
 
 
+def test_torchs_is_refused_of_a_part_of_the_vocabulary() -> None:
+    with pytest.raises(ValueError, match="needs the whole vocabulary, which 2 ranks share"):
+        cross_entropy_sum(torch.zeros(1, 2, 8), torch.zeros(1, 2, dtype=torch.int64), 16, replace(ALONE, size=2), TORCH)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_second_gradient_is_an_error(backend: str) -> None:
     leaf = torch.randn(1, 3, 16, requires_grad=True)
@@ -204,4 +212,4 @@ def test_what_does_not_fit_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="top must be contiguous float32 with a number for each of 2 rows"):
         torch.ops.dist_llm.cross_entropy_gradient_(logits, targets, row, row[:1], row, 0, 4, 4, IGNORE_INDEX, 0.0, 0.0)
     with pytest.raises(RuntimeError, match="a vocabulary of 3 cannot have a part of 4"):
-        native_gradient_(logits, targets, row, (row, row), Vocabulary(0, 4, 3))
+        gradient_(logits, targets, row, (row, row), Vocabulary(0, 4, 3))

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from dist_llm.ops.triton.column_sum import NUM_PARTS, column_sum
 from dist_llm.ops.triton.gelu import gelu_gate, gelu_slope
-from dist_llm.ops.triton.launch import FLAT_BLOCK, FLAT_WARPS, check_formats, on_device_of, rows_of
+from dist_llm.ops.triton.launch import (
+    FLAT_BLOCK,
+    FLAT_WARPS,
+    check_alike,
+    check_formats,
+    check_vectors,
+    on_device_of,
+    rows_of,
+)
 
 
 @triton.jit
@@ -56,6 +64,7 @@ def _backward(outputs, inputs, rows, width, BLOCK: tl.constexpr):
 def bias_gelu(x: Float[Tensor, "*rows width"], bias: Float[Tensor, " width"] | None) -> Float[Tensor, "*rows width"]:
     """Return gelu(x + bias), in x's format."""
     check_formats(x, bias)
+    check_vectors(x, bias)
     x, bias = x.contiguous(), None if bias is None else bias.contiguous()
     out, width = torch.empty_like(x), x.shape[-1]
     if x.numel():
@@ -70,6 +79,8 @@ def bias_gelu_backward(
 ) -> tuple[Float[Tensor, "*rows width"], Float[Tensor, " width"] | None]:
     """Return the gradients of x and bias, in their formats; None for no bias."""
     check_formats(grad, x, bias)
+    check_alike(x, grad)
+    check_vectors(x, bias)
     grad, x, bias = grad.contiguous(), x.contiguous(), None if bias is None else bias.contiguous()
     grad_x, rows, width = torch.empty_like(x), rows_of(x), x.shape[-1]
     programs = min(rows, NUM_PARTS)

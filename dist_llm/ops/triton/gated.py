@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dist_llm.ops.triton.gelu import gelu_gate, gelu_slope
-from dist_llm.ops.triton.launch import FLAT_BLOCK, FLAT_WARPS, check_formats, flat_grid, on_device_of
+from dist_llm.ops.triton.launch import FLAT_BLOCK, FLAT_WARPS, check_alike, check_formats, flat_grid, on_device_of
 
 
 @triton.jit
@@ -54,6 +54,7 @@ def _backward(outputs, inputs, count, GELU: tl.constexpr, BLOCK: tl.constexpr):
 
 def _launch(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
     check_formats(gate, up)
+    check_alike(gate, up)
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
     if gate.numel():
@@ -66,6 +67,7 @@ def _launch(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
 
 def _launch_backward(grad: Tensor, gate: Tensor, up: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
     check_formats(grad, gate, up)
+    check_alike(gate, up, grad)
     grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
     outputs = torch.empty_like(gate), torch.empty_like(up)
     if gate.numel():

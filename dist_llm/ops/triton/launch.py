@@ -25,6 +25,31 @@ def check_formats(*tensors: Tensor | None) -> None:
             raise TypeError(f"triton kernels compute fp32, bf16 and fp16, not {tensor.dtype}")
 
 
+def check_alike(*tensors: Tensor | None) -> None:
+    """Raise ValueError unless all have the first one's shape and format; None is passed over."""
+    first, *others = tensors
+    for tensor in others:
+        if first is not None and tensor is not None and (tensor.shape, tensor.dtype) != (first.shape, first.dtype):
+            raise ValueError(
+                f"must be alike: {first.dtype} {[*first.shape]} and {tensor.dtype} {[*tensor.shape]}: "
+                "a kernel would read past an end"
+            )
+
+
+def check_vectors(x: Tensor, *vectors: Tensor | None) -> None:
+    """Raise ValueError unless each is as long as a row of x; None is passed over."""
+    for vector in vectors:
+        if vector is not None and vector.shape != x.shape[-1:]:
+            raise ValueError(f"must be {[*x.shape[-1:]]}, as a row of {[*x.shape]} is, not {[*vector.shape]}")
+
+
+def check_row_numbers(x: Tensor, *numbers: Tensor) -> None:
+    """Raise ValueError unless each is an fp32 number for every row of x."""
+    for of_rows in numbers:
+        if of_rows.dtype != torch.float32 or of_rows.shape != x.shape[:-1]:
+            raise ValueError(f"must be fp32 {[*x.shape[:-1]]}, not {of_rows.dtype} {[*of_rows.shape]}")
+
+
 def row_block(width: int, widest: int = WIDEST_ROW) -> tuple[int, int]:
     """Return the block size that holds a row of `width` elements, and its warps. Raises ValueError beyond `widest`."""
     if width > widest:

@@ -17,7 +17,16 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from dist_llm.ops.triton.column_sum import NUM_PARTS, column_sum
-from dist_llm.ops.triton.launch import WIDEST_NORM, check_formats, on_device_of, row_block, rows_of
+from dist_llm.ops.triton.launch import (
+    WIDEST_NORM,
+    check_alike,
+    check_formats,
+    check_row_numbers,
+    check_vectors,
+    on_device_of,
+    row_block,
+    rows_of,
+)
 
 
 @triton.jit
@@ -102,18 +111,21 @@ def _launch_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     weight, bias = scale
     check_formats(x, residual, weight, bias)
+    check_alike(x, residual)
+    check_vectors(x, weight, bias)
     x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
     width = x.shape[-1]
     block, warps = row_block(width, WIDEST_NORM)
-    out, statistics = torch.empty_like(x), x.new_empty((2, *x.shape[:-1]), dtype=torch.float32)
+    out = torch.empty_like(x)
+    mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))  # no views: results of an op
     total = x if residual is None else torch.empty_like(x)
     if x.numel():
-        outputs = (out, total, statistics[0], statistics[1])
+        outputs = (out, total, mean, rstd)
         inputs = (x, residual, weight.contiguous(), None if bias is None else bias.contiguous())
         with on_device_of(x):
             _forward[(rows_of(x),)](outputs, inputs, eps, width, BLOCK=block, num_warps=warps)
-    return out, total, statistics[0], statistics[1]
+    return out, total, mean, rstd
 
 
 def layer_norm_backward(
@@ -126,6 +138,9 @@ def layer_norm_backward(
 ) -> tuple[Float[Tensor, "*rows width"], Float[Tensor, " width"], Float[Tensor, " width"]]:
     """Return the gradients of x, weight and bias, in the formats of x and weight; grad_total: of x as an output."""
     check_formats(grad, grad_total, x, weight)
+    check_alike(x, grad, grad_total)
+    check_vectors(x, weight)
+    check_row_numbers(x, mean, rstd)
     x, grad = x.contiguous(), grad.contiguous()
     grad_total = None if grad_total is None else grad_total.contiguous()
     rows, width = rows_of(x), x.shape[-1]

@@ -17,7 +17,16 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from dist_llm.ops.triton.column_sum import NUM_PARTS, column_sum
-from dist_llm.ops.triton.launch import WIDEST_NORM, check_formats, on_device_of, row_block, rows_of
+from dist_llm.ops.triton.launch import (
+    WIDEST_NORM,
+    check_alike,
+    check_formats,
+    check_row_numbers,
+    check_vectors,
+    on_device_of,
+    row_block,
+    rows_of,
+)
 
 
 @triton.jit
@@ -70,6 +79,8 @@ def _backward(outputs, grads, saved, rows, width, BLOCK: tl.constexpr):
 
 def _launch_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     check_formats(x, residual, weight)
+    check_alike(x, residual)
+    check_vectors(x, weight)
     x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
     width = x.shape[-1]
@@ -110,6 +121,9 @@ def rms_norm_backward(
 ) -> tuple[Float[Tensor, "*rows width"], Float[Tensor, " width"]]:
     """Return the gradients of x and weight, in their formats; x: what was normed, grad_total: of it as an output."""
     check_formats(grad, grad_total, x, weight)
+    check_alike(x, grad, grad_total)
+    check_vectors(x, weight)
+    check_row_numbers(x, rstd)
     x, grad = x.contiguous(), grad.contiguous()
     grad_total = None if grad_total is None else grad_total.contiguous()
     rows, width = rows_of(x), x.shape[-1]

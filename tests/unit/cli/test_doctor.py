@@ -226,3 +226,15 @@ def test_train_with_another_package_in_the_way(tmp_path: Path) -> None:
     (line,) = done.stderr.splitlines()[1:]
     assert f"needs Megatron-Core, but {tmp_path / 'megatron'} is not of Megatron-Core" in line
     assert line.endswith("pip install 'dist-llm[megatron]'; use native or deepspeed")
+
+
+def test_backends_of_operations_are_listed_with_why_not(examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = examine("device=cpu")
+    assert checks["apex kernels"]["note"] == "apex's rms_norm is for cuda alone, not cpu"
+    assert checks["onednn kernels"]["note"] == "for cpu: linear"
+    _pretend(monkeypatch, list_accelerators=[H100])
+    monkeypatch.setattr("dist_llm.ops.registry.triton_problem", lambda device: f"of no use on {device}")
+    checks = examine("kernels.required=true", "kernels.rope=triton", fit=False)
+    triton = checks["triton kernels"]
+    assert (triton["status"], triton["note"], triton["stops"]) == ("missing", "of no use on cuda", True)
+    assert not checks["apex kernels"]["stops"]
