@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, combinations, islice
 from typing import Any
 
 from pydantic import ValidationError
@@ -19,18 +19,23 @@ from dist_llm.errors import ConfigError, Violation
 from dist_llm.planner.pins import key_of, pins_of
 from dist_llm.planner.values import given_settings, last_resorts, nearby
 
-MOST_SECONDS = 2.5
-"""Processor time after which nothing more is tried."""
+MOST_SECONDS, MORE_SECONDS = 2.0, 1.0
+"""Processor time after which no single change is tried any more, and then none of several settings together."""
 
 MOST_SHOWN = 3
 """Values of one setting, and settings beside the cause, that are proposed."""
+
+MOST_TOGETHER = 8
+"""Values of nodes, budget and memory, each, that are tried with all else free."""
 
 SEVERAL = ("parallel", "model")
 """Sections of whose settings several values are proposed; of the others the first that will do."""
 
 NOTHING = "; no single change that was tried leaves a plan"
 
-HasPlan = Callable[[PlanRequest], bool]
+HasPlan = Callable[[PlanRequest, float], bool]
+"""Whether a request has a plan, as far as is known before this process time (time.process_time)."""
+
 Change = Mapping[str, Any]
 """Values of settings, by key."""
 
@@ -69,7 +74,8 @@ def cured(request: PlanRequest, error: ConfigError, has_plan: HasPlan) -> Config
         asked = (Violation(key, tried.value(key), "or change it", tuple(nearby(request, key))) for key in others)
         cures = list(islice(tried.each_curing(asked), MOST_SHOWN))
     if not cures and not any(violation.legal for violation in stated):
-        cures = _together(tried, [*why, *suspects])
+        tried.take_longer()
+        cures = _together(tried, [*why, *suspects, *instead])
         stated = [violation for violation in stated if violation.key not in {cure.key for cure in cures}]
         if not cures:
             stated[0] = replace(stated[0], rule=stated[0].rule + NOTHING)
@@ -84,6 +90,10 @@ class _Tried:
         self._known: dict[tuple[tuple[str, str], ...], bool] = {}
         self._end = self._until = time.process_time() + MOST_SECONDS
 
+    def take_longer(self) -> None:
+        """Try MORE_SECONDS longer."""
+        self._end = self._until = time.process_time() + MORE_SECONDS
+
     def value(self, key: str) -> Any:
         """Return what the request has for a key."""
         return _read(self.request, key)
@@ -95,7 +105,7 @@ class _Tried:
             if time.process_time() > self._until:
                 return False
             asked = _changed(self.request, change)
-            self._known[name] = asked is not None and self._has_plan(asked)
+            self._known[name] = asked is not None and self._has_plan(asked, self._until)
         return self._known[name]
 
     def values(self, key: str, candidates: Iterable[Any]) -> tuple[Any, ...]:
@@ -134,8 +144,13 @@ def _together(tried: _Tried, said: Sequence[Violation]) -> list[Violation]:
     request = tried.request
     change: dict[str, Any] = dict.fromkeys(given_settings(request))
     if not tried.plans(change):
-        resorts = ({key: value} for key in last_resorts(request) for value in nearby(request, key))
-        more = next((each for each in resorts if tried.plans({**change, **each})), None)
+        suggested = {violation.key: violation.legal for violation in said if violation.legal}
+        others = {
+            key: list(suggested.get(key) or nearby(request, key))[:MOST_TOGETHER] for key in last_resorts(request)
+        }
+        resorts = [{key: value} for key, values in others.items() for value in values]
+        pairs = ({**one, **two} for one, two in combinations(resorts, 2) if one.keys() != two.keys())
+        more = next((each for each in chain(resorts, pairs) if tried.plans({**change, **each})), None)
         if more is None:
             return []
         change |= more

@@ -7,9 +7,11 @@ against the budget, and planned again until the two agree.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 from dist_llm.config.request import PlanRequest
@@ -96,9 +98,7 @@ def make_plan(request: PlanRequest, law: Law) -> Plan:
     try:
         return _planned(request, law)
     except ConfigError as error:
-        raise cured(
-            request, error, lambda asked: _has_plan(asked, law if asked.law == request.law else find_law(asked.law))
-        ) from None
+        raise cured(request, error, partial(_has_plan, {request.law: law})) from None
 
 
 def check_request(request: PlanRequest) -> list[Violation]:
@@ -115,13 +115,17 @@ def _planned(request: PlanRequest, law: Law) -> Plan:
     return _plan_hours(request, law)
 
 
-def _has_plan(request: PlanRequest, law: Law) -> bool:
-    """Return whether make_plan would: of layouts that fit it asks for one, not for the fastest."""
+def _has_plan(laws: Mapping[str, Law], request: PlanRequest, until: float) -> bool:
+    """Return whether make_plan would: of layouts that fit it asks for one, not for the fastest.
+
+    until: process time after which a search for device-hours is given up.
+    """
     with suppress(ConfigError):
+        law = laws.get(request.law) or find_law(request.law)
         if check_request(request):
             return False
         if request.budget.flops is None:
-            return bool(_plan_hours(request, law, first=True))
+            return bool(_plan_hours(request, law, until))
         found = outline(request, law, request.budget.flops)
         spent = (_spending(found, each) for each in rank_in_turn(found.draft, found.machines[1], found.pins))
         return any(each.reliability.goodput >= LEAST_GOODPUT and each.days <= MOST_DAYS for each in spent)
@@ -142,17 +146,20 @@ def _budget_hours(request: PlanRequest) -> float:
     return hours
 
 
-def _plan_hours(request: PlanRequest, law: Law, first: bool = False) -> Plan:
+def _plan_hours(request: PlanRequest, law: Law, until: float = math.inf) -> Plan:
     """Return a plan whose device-hours are the budget's; where shapes leave a gap there, the nearest below.
 
-    first: the first that is found which the budget pays for, without coming nearer.
+    until: process time after which the search is given up; with one, the first plan will do that the budget pays for.
     """
+    first = until < math.inf
     hours = _budget_hours(request)
     flops, aim = hours * 3600 * peak_flops_per_second(request) * 0.4, hours * (1 - CLOSE / 2)
     low, high, slope, before = 0.0, math.inf, 1.0, None
     best: Plan | None = None
     refusals: list[tuple[float, NoPlan]] = []
     for _ in range(FEW_ROUNDS if first else MOST_ROUNDS):
+        if time.process_time() > until:
+            raise NoPlan([])
         try:
             plan = _plan_flops(request, law, flops, brief=True)
         except NoPlan as error:
@@ -162,7 +169,7 @@ def _plan_hours(request: PlanRequest, law: Law, first: bool = False) -> Plan:
             refusals.append((flops, error))
             high = high if error.too_little else min(high, flops)
             if best is None and (error.too_little or len(refusals) >= MOST_REFUSALS):
-                best = _least_plan(request, law, hours) or _plan_flops(request, law, refusals[0][0], first)
+                best = _least_plan(request, law, hours, until) or _plan_flops(request, law, refusals[0][0], first)
                 low, high = best.flops, high if high > best.flops else math.inf
             guess = low * aim / _device_hours(best) if best else flops / 3
             flops = guess if low < guess < high else math.sqrt(low * high)
@@ -182,7 +189,7 @@ def _plan_hours(request: PlanRequest, law: Law, first: bool = False) -> Plan:
             flops = guess if low < guess < high else math.sqrt(low * high)
         if high < (1 + CLOSE / 2) * low or (first and best and MOST_UNSPENT * best.spending.device_hours >= hours):
             break
-    best = best or _least_plan(request, law, hours)
+    best = best or _least_plan(request, law, hours, until)
     if best is None:
         raise refusals[0][1] if refusals else _too_few_hours(request, plan, hours)
     if (refusals or first) and MOST_UNSPENT * best.spending.device_hours < hours:
@@ -209,29 +216,31 @@ def _same_layout(before: NoPlan, error: NoPlan) -> bool:
     return parts <= {"parallel"} and again == {each.key for each in before.violations}
 
 
-def _least_plan(request: PlanRequest, law: Law, hours: float) -> Plan | None:
+def _least_plan(request: PlanRequest, law: Law, hours: float, until: float) -> Plan | None:
     """Return a plan of at most so many hours, None if none of any is found. Raises NoPlan with the hours of the least.
 
     Budgets grow from the smallest that the law has a model for until there is a plan; then, about it, ever more finely.
     """
     low = least_flops(law)
-    found = list(islice(_plans_at(request, law, (low * 4.0**times for times in range(LEAST_ROUNDS))), 1))
+    found = list(islice(_plans_at(request, law, (low * 4.0**times for times in range(LEAST_ROUNDS)), until), 1))
     for step in LEAST_STEPS:
         if not found:
             return None
         least = min(found, key=_device_hours)
         if least.spending.device_hours <= hours:
             return least
-        found += _plans_at(request, law, (least.flops * step**times for times in (-3, -2, -1, 1, 2, 3)))
+        found += _plans_at(request, law, (least.flops * step**times for times in (-3, -2, -1, 1, 2, 3)), until)
     least = min(found, key=_device_hours)
     if least.spending.device_hours > hours:
         raise _too_few_hours(request, least, hours)
     return least
 
 
-def _plans_at(request: PlanRequest, law: Law, budgets: Iterable[float]) -> Iterator[Plan]:
+def _plans_at(request: PlanRequest, law: Law, budgets: Iterable[float], until: float) -> Iterator[Plan]:
     """Yield the plans that there are of some budgets of FLOPs."""
     for flops in budgets:
+        if time.process_time() > until:
+            return
         with suppress(NoPlan):
             yield _plan_flops(request, law, flops, brief=True)
 
