@@ -10,11 +10,11 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from itertools import islice
 
-from dist_llm.config.request import PlanRequest
+from dist_llm.config.request import BudgetRequest, PlanRequest
 from dist_llm.config.run import RunConfig
 from dist_llm.errors import ConfigError, Violation
 from dist_llm.planner.batch_laws import Recommendation
@@ -241,8 +241,16 @@ def _plans_at(request: PlanRequest, law: Law, budgets: Iterable[float], until: f
     for flops in budgets:
         if time.process_time() > until:
             return
-        with suppress(NoPlan):
-            yield _plan_flops(request, law, flops, brief=True)
+        if plan := _plan_at(request.model_copy(update={"budget": BudgetRequest(flops=1.0)}), law, flops):
+            yield replace(plan, request=request)
+
+
+@lru_cache(maxsize=128)
+def _plan_at(request: PlanRequest, law: Law, flops: float) -> Plan | None:
+    """Return the plan of some FLOPs whatever the budget, for the smallest of it are the same for all."""
+    with suppress(NoPlan):
+        return _plan_flops(request, law, flops, brief=True)
+    return None
 
 
 def _plan_flops(request: PlanRequest, law: Law, flops: float, brief: bool = False) -> Plan:
