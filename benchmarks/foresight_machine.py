@@ -137,6 +137,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4, metavar="N", help="how often each run is run (4)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error("--rounds must be at least 1")
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="foresight-"))
     rounds = [[_train(folder / f"round{i}", run) for run in (*FITTED, *UNSEEN)] for i in range(arguments.rounds)]
     fitted = [place for places in rounds for place in places[: len(FITTED)]]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,10 +21,13 @@ _EPILOG = """\
 
 RUN is the folder of a run: config.yaml and the step_seconds of metrics.jsonl, the first quarter of them left out. Runs
 should differ in what they are bound by: a wide model, a narrow one, tensor ranks, data ranks, a long pipeline. Of runs
-that differ in run.* only, the fastest step counts: what else a machine does lengthens steps. --hold-out names runs that
-are predicted and not fitted."""
+whose steps do the same the fastest step counts: what else a machine does lengthens steps. --hold-out names runs that
+are predicted and not fitted; none may be a repeat of one that is."""
 
 FEWEST_STEPS = 4
+LONGEST_STEP = 1e7
+"""Seconds of a step above which metrics are damaged."""
+
 FAR, MOST_ERROR = 10, 0.15
 """Figures that are moved by more than the first, and mean errors above the second, are spoken of."""
 
@@ -59,10 +64,12 @@ def calibrate_runs(arguments: argparse.Namespace) -> Answer:
         if each.config.cluster.device != cluster.device:
             rule = f"is not the {cluster.device} of {fitted[0].name}: one hardware file is of one machine"
             raise ConfigError([Violation(f"{each.name}: cluster.device", each.config.cluster.device, rule)])
+    _refuse_repeats(fitted, others)
     found = calibrate(cluster, fitted)
     blind = {each.name: predicted_seconds(each, found.cluster) / each.step_seconds - 1 for each in others}
     source = f"calibrated on {len(fitted)} runs, from {cluster.name}"
-    named = found.cluster.model_copy(update={"source": source, "step_error": _step_error([*blind.values()])})
+    usual = [(1 + blind[each.name]) * each.step_seconds / each.usual_seconds - 1 for each in others]
+    named = found.cluster.model_copy(update={"source": source, "step_error": _step_error(usual)})
     data: dict[str, object] = {
         "cluster": named.model_dump(mode="json"),
         "figures": {name: {"before": before, "after": after} for name, (before, after) in found.moved.items()},
@@ -85,6 +92,17 @@ def calibrate_runs(arguments: argparse.Namespace) -> Answer:
         data["written"] = str(arguments.write)
         lines.append(f"written: {arguments.write}")
     return Answer("\n".join(lines), data)
+
+
+def _refuse_repeats(fitted: list[Observation], held_out: list[Observation]) -> None:
+    """Raise ConfigError where a run that is held out is a repeat of one that is fitted."""
+    from dist_llm.planner.calibration import step_key
+
+    seen = {step_key(each): each.name for each in fitted}
+    repeats = [(each.name, seen[key]) for each in held_out if (key := step_key(each)) in seen]
+    if repeats:
+        rule = "is a repeat of {}, which is fitted, and so no unseen run: hold out both or neither"
+        raise ConfigError([Violation("--hold-out", name, rule.format(other)) for name, other in repeats])
 
 
 def _doubts(found: Calibration) -> list[str]:
@@ -110,7 +128,10 @@ def _unsteady(observations: list[Observation]) -> list[str]:
 
 
 def _step_error(errors: list[float]) -> float | None:
-    """Return within what nine of ten runs that were not fitted were foretold; None with fewer than FEWEST_JUDGED."""
+    """Return within what part of their median steps nine of ten runs that were not fitted were foretold.
+
+    None with fewer than FEWEST_JUDGED. A plan's days are of usual steps, so of repeats too it is medians that count.
+    """
     if len(errors) < FEWEST_JUDGED:
         return None
     return round(min(0.99, max(0.001, sorted(map(abs, errors))[math.ceil(0.9 * len(errors)) - 1])), 3)
@@ -133,16 +154,30 @@ def _observe(folder: Path) -> Observation:
     from dist_llm.config.decode import decode
     from dist_llm.config.document import read_document
     from dist_llm.planner.calibration import Observation, settled_seconds
-    from dist_llm.telemetry.records import CONFIG_FILE, read_metrics
+    from dist_llm.telemetry.records import CONFIG_FILE, METRICS_FILE, read_metrics
 
     if not (folder / CONFIG_FILE).is_file():
         raise ConfigError([Violation("RUN", str(folder), f"holds no {CONFIG_FILE}: it is not the folder of a run")])
     config = decode(read_document(folder / CONFIG_FILE))
-    seconds = [line.step_seconds for line in read_metrics(folder) if line.step_seconds]
+    lines = [line for line in read_metrics(folder) if line.step_seconds is not None]
+    for line in lines:
+        if type(line.step_seconds) not in (int, float) or not 0 < float(line.step_seconds or 0) < LONGEST_STEP:
+            place = f"{folder / METRICS_FILE}:{_line_number(folder / METRICS_FILE, line.step)}"
+            raise DataError(f"{place}: step_seconds={line.step_seconds} is no time of a step: above 0 and below 1e7 s")
+    seconds = [float(line.step_seconds or 0) for line in lines]
     if len(seconds) < FEWEST_STEPS:
         raise DataError(f"{folder}: {len(seconds)} steps are timed, and {FEWEST_STEPS} are needed")
     launcher = config.launcher
     return Observation(str(folder), config, launcher.nproc * launcher.nodes, *settled_seconds(seconds))
+
+
+def _line_number(path: Path, step: int) -> int:
+    """Return the number of the last line of a step, from 1."""
+    found = 0
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        with suppress(ValueError, AttributeError):
+            found = number if json.loads(line).get("step") == step else found
+    return found
 
 
 CALIBRATE = Command("a hardware file of this machine from runs on it", add_calibrate_arguments, calibrate_runs)

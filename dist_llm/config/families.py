@@ -37,9 +37,9 @@ def usual_ffn_width(family: str, hidden_size: int) -> int:
 
 
 def usual_head_width(hidden_size: int, wanted: int) -> int:
-    """Return the width of a head: `wanted`, or 64, 32 or 16, else the even divisor nearest to it, else all."""
-    usual = next((width for width in (wanted, 64, 32, 16) if hidden_size % width == 0), None)
-    if usual is not None:
-        return usual
+    """Return the width of a head: `wanted`, or half of it, else the even divisor nearest to it in ratio, else all."""
+    for usual in (wanted, wanted // 2):
+        if hidden_size % usual == 0:
+            return usual
     even = [width for width in range(2, 8 * wanted, 2) if hidden_size % width == 0] or [hidden_size]
     return min(even, key=lambda width: abs(math.log(width / wanted)))

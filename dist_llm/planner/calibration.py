@@ -8,6 +8,7 @@ which no data sheet gives, and the part of it that is reached on a GPU.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,21 @@ WIDE = 1.5
 NOISE = 0.03
 """Standard deviation of a run's median step about a right prediction, in logarithms."""
 
+STEP_SECTIONS = ("model", "parallel", "engine", "cluster")
+STEP_SETTINGS = (
+    ("run", "deterministic"),
+    ("optimizer", "name"),
+    ("precision", "name"),
+    ("data", "seq_len"),
+    ("data", "global_batch"),
+    ("data", "microbatch"),
+    ("data", "document_mask"),
+    ("launcher", "nodes"),
+    ("launcher", "nproc"),
+    ("launcher", "threads"),
+)
+"""What of a config changes the time of a step, beside how the machine is that day."""
+
 FARTHEST = math.log(50)
 _COMMON = ("memory_gb_per_second", "dispatch_microseconds", "link_gb_per_second", "link_microseconds")
 
@@ -37,6 +53,11 @@ class Observation:
     step_seconds: float
     fastest_seconds: float
     repeats: tuple[float, ...] = ()
+
+    @property
+    def usual_seconds(self) -> float:
+        """Median step, of repeats the median of theirs."""
+        return median(self.repeats or (self.step_seconds,))
 
 
 @dataclass(frozen=True)
@@ -82,6 +103,17 @@ def predicted_seconds(observation: Observation, cluster: ClusterConfig) -> float
     return predict_step(observation.config.model_copy(update={"cluster": cluster}), observation.ranks).seconds
 
 
+def step_key(observation: Observation) -> str:
+    """Return what a step's time follows from, as text that is equal for repeats: not names, lengths, saves or reports.
+
+    Ranks, threads and the kind of optimizer are of it; how long a run is, what it learns from and how fast are not.
+    """
+    config = observation.config
+    whole = {name: config.model_dump(mode="json")[name] for name in STEP_SECTIONS}
+    parts = {f"{section}.{name}": getattr(getattr(config, section), name) for section, name in STEP_SETTINGS}
+    return json.dumps([observation.ranks, config.device, whole, parts], sort_keys=True, default=str)
+
+
 def settled_seconds(step_seconds: Sequence[float]) -> tuple[float, float]:
     """Return the median and the least of a run's steps without its first quarter, in which it warms up."""
     settled = step_seconds[len(step_seconds) // 4 :]
@@ -89,14 +121,14 @@ def settled_seconds(step_seconds: Sequence[float]) -> tuple[float, float]:
 
 
 def join_repeats(observations: Sequence[Observation]) -> list[Observation]:
-    """Return one observation of runs that differ in nothing but `run.*`, in order; its step is the fastest of them all.
+    """Return one observation of runs whose steps do the same, in order; its step is the fastest of them all.
 
     What else a machine does lengthens a step and never shortens it, and repeats that are spread over time tell it from
     the run. Nothing tells it in a run that is alone, whose median stays.
     """
     found: dict[str, list[Observation]] = {}
     for each in observations:
-        found.setdefault(f"{each.ranks} {each.config.model_dump_json(exclude={'run'})}", []).append(each)
+        found.setdefault(step_key(each), []).append(each)
     return [same[0] if len(same) == 1 else _joined(same) for same in found.values()]
 
 
@@ -107,7 +139,8 @@ def _joined(same: Sequence[Observation]) -> Observation:
 
 
 def _figures(cluster: ClusterConfig) -> tuple[str, ...]:
-    return ("peak_tflops" if cluster.device == "cpu" else "matmul_efficiency", *_COMMON)
+    figures = ("peak_tflops" if cluster.device == "cpu" else "matmul_efficiency", *_COMMON)
+    return tuple(name for name in figures if _value(cluster, name))  # factors move what is 0 nowhere
 
 
 def _moved(cluster: ClusterConfig, figures: Sequence[str], logs: Sequence[float]) -> ClusterConfig:

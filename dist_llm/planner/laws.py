@@ -39,7 +39,10 @@ class Optimum:
 
 
 class Law(Protocol):
-    """What a planner asks of a scaling law."""
+    """What a planner asks of a scaling law; laws do not change."""
+
+    def __hash__(self) -> int:
+        """Return a number that is equal for equal laws."""
 
     @property
     def name(self) -> str:

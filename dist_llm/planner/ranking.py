@@ -67,45 +67,52 @@ class Ranking:
     proposed: int
 
 
-def rank_layouts(config: RunConfig, ranks: int, pins: Pins = FREE) -> Ranking:
-    """Weigh what pins leave of the layouts that are worth it for the config's model and batch on `ranks` ranks."""
+def rank_layouts(config: RunConfig, ranks: int, pins: Pins = FREE, brief: bool = False) -> Ranking:
+    """Weigh what pins leave of the layouts that are worth it for the config's model and batch on `ranks` ranks.
+
+    brief: without the one that needs the least of those that do not fit, and taking that what recomputes most needs it.
+    """
+    if brief and not may_hold(config, ranks):
+        return Ranking((), None, 0)
+    weighed = list(_weigh(config, ranks, pins, brief))
+    fitting = [ranked for _, ranked in weighed if ranked is not None]
+    failing = [each for each, ranked in weighed if ranked is None]
+    fitting.sort(key=lambda ranked: (ranked.step.seconds, ranked.peak_gib))
+    too_large = None if brief or fitting or not failing else _smallest(failing, ranks, installed_torch())
+    return Ranking(tuple(fitting), too_large, len(weighed))
+
+
+def rank_in_turn(config: RunConfig, ranks: int, pins: Pins = FREE) -> Iterator[Ranked]:
+    """Yield the layouts of rank_layouts that fit as they are found, in no order."""
+    if may_hold(config, ranks):
+        yield from (ranked for _, ranked in _weigh(config, ranks, pins, brief=True) if ranked is not None)
+
+
+def may_hold(config: RunConfig, ranks: int) -> bool:
+    """Return False where no layout fits because even what all have is too much."""
     limit = FULL * config.cluster.memory_gib * GIB
-    fitting: list[Ranked] = []
-    failing: list[RunConfig] = []
-    proposed, release = 0, installed_torch()
+    return LEAST_BYTES * num_parameters(config.model) <= ranks * (limit - device_memory(config).reserve_bytes)
+
+
+def _weigh(config: RunConfig, ranks: int, pins: Pins, brief: bool) -> Iterator[tuple[RunConfig, Ranked | None]]:
+    """Yield each layout that is tried, with its time and memory if it fits."""
+    limit, release = FULL * config.cluster.memory_gib * GIB, installed_torch()
     enough: dict[tuple[int, int], int] = {}
     for variants in propose_layouts(config, ranks, node_devices(config.cluster), pins):
         parallel = variants[0].parallel
         share = (parallel.tensor, parallel.context)
         if parallel.pipeline > MOST_SPARE * enough.get(share, parallel.pipeline):
             continue
+        if brief and not fits_memory(variants[-1], ranks, limit, release):
+            continue
         for each in variants:
-            proposed += 1
             if fits_memory(each, ranks, limit, release):
                 memory = predict_memory(each, ranks, release, by_stage=False)
-                fitting.append(Ranked(each, memory, predict_step(each, ranks)))
                 if each is variants[0]:
                     enough.setdefault(share, parallel.pipeline)
+                yield each, Ranked(each, memory, predict_step(each, ranks))
                 break
-            failing.append(each)
-    fitting.sort(key=lambda ranked: (ranked.step.seconds, ranked.peak_gib))
-    too_large = None if fitting or not failing else _smallest(failing, ranks, release)
-    return Ranking(tuple(fitting), too_large, proposed)
-
-
-def holds(config: RunConfig, ranks: int, pins: Pins = FREE) -> bool:
-    """Return whether any layout of the config's model and batch that pins leave fits on `ranks` ranks."""
-    return next(fitting_layouts(config, ranks, pins), None) is not None
-
-
-def fitting_layouts(config: RunConfig, ranks: int, pins: Pins) -> Iterator[RunConfig]:
-    """Yield the layouts that pins leave and that fit, each with the most recomputed."""
-    limit, release = FULL * config.cluster.memory_gib * GIB, installed_torch()
-    if LEAST_BYTES * num_parameters(config.model) > ranks * (limit - device_memory(config).reserve_bytes):
-        return
-    for variants in propose_layouts(config, ranks, node_devices(config.cluster), pins):
-        if fits_memory(variants[-1], ranks, limit, release):
-            yield variants[-1]
+            yield each, None
 
 
 def _smallest(configs: list[RunConfig], ranks: int, release: Release) -> Ranked:

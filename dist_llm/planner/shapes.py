@@ -12,6 +12,8 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from pydantic import ValidationError
+
 from dist_llm.accounting.params import num_parameters
 from dist_llm.config.families import FAMILIES, usual_ffn_width, usual_head_width
 from dist_llm.config.model import ModelConfig
@@ -86,14 +88,21 @@ def _shapes(wish: ModelRequest, seq_len: int, target: float, embeddings: bool, t
     for width in [wish.hidden_size] if wish.hidden_size else _widths(target, wish.num_heads or 1):
         # Layers beyond these are alike: the first may be dense where others have experts.
         start = 1 + (wish.moe.num_dense_layers if wish.moe.num_experts else 0)
-        one, two = (measure(build_model(wish, seq_len, target, width, layers, tensor)) for layers in (start, start + 1))
+        try:
+            one, two = (
+                measure(build_model(wish, seq_len, target, width, layers, tensor)) for layers in (start, start + 1)
+            )
+        except ValidationError:
+            continue  # a width whose other sizes are beyond all bounds
         total, active = two.num_params - one.num_params, two.active_params - one.active_params
         exact = start + (target - law_parameters(one, embeddings)) / active
         step = _layer_step(target)
         near = {max(1, step * math.floor(exact / step)), max(1, step * math.ceil(exact / step))}
         for layers in [wish.num_layers] if wish.num_layers else sorted(near):
+            if layers > MOST_LAYERS:
+                continue
             model, more = build_model(wish, seq_len, target, width, layers, tensor), layers - start
-            if layers > MOST_LAYERS or model.num_heads % model.kv_heads or model.head_width % 2:
+            if model.num_heads % model.kv_heads or model.head_width % 2:
                 continue
             if model.kv_heads % tensor or model.ffn_hidden_size % tensor:
                 continue

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +132,7 @@ def test_figures_that_are_worth_little_are_said_to_be(
     runs = [_folder(tmp_path / f"run{i}", _observe(words, truth)) for i, words in enumerate(SHAPES)]
     assert main(["plan", "calibrate", *map(str, runs), "--json"]) == ExitCode.DONE
     assert json.loads(capsys.readouterr().out)["notes"] == []
-    shapes: list[Words] = [SHAPES[0], {**SHAPES[0], "optimizer.lr": 1e-4}]
+    shapes: list[Words] = [SHAPES[0], {**SHAPES[0], "data.global_batch": 4}]
     disturbed = [_folder(tmp_path / f"{i}", _observe(words, truth)) for i, words in enumerate(shapes)]
     lines = disturbed[0] / "metrics.jsonl"
     lines.write_text(lines.read_text().replace('"step_seconds": ', '"step_seconds": 1000'))
@@ -151,3 +154,95 @@ def test_bad_input(tmp_path: Path, truth: ClusterConfig, capsys: pytest.CaptureF
     short = _folder(tmp_path / "short", _observe(SHAPES[0], truth))
     (short / "metrics.jsonl").write_text("")
     assert main(["plan", "calibrate", str(short)]) == ExitCode.BAD_DATA
+
+
+def _changed(observation: Observation, section: str, **values: object) -> Observation:
+    other = getattr(observation.config, section).model_copy(update=values)
+    return replace(
+        observation, name=f"{section} {values}", config=observation.config.model_copy(update={section: other})
+    )
+
+
+def test_repeats_are_runs_whose_steps_do_the_same(truth: ClusterConfig) -> None:
+    run = _observe(SHAPES[0], truth)
+    same = [
+        _changed(run, "run", name="again", steps=7, seed=3),
+        _changed(run, "launcher", timeout_seconds=9.0),
+        _changed(run, "checkpoint", interval=3),
+        _changed(run, "telemetry", log_interval=7, tensorboard=False),
+        _changed(run, "optimizer", lr=1e-5),
+        _changed(run, "data", path="elsewhere"),
+    ]
+    (joined,) = join_repeats([run, *same])
+    assert len(joined.repeats) == 7
+    others = [
+        _changed(run, "run", deterministic=not run.config.run.deterministic),
+        _changed(run, "launcher", threads=3),
+        _changed(run, "data", microbatch=2),
+        _changed(run, "precision", name="bf16"),
+        _changed(run, "parallel", recompute="full"),
+        _changed(run, "engine", overlap=not run.config.engine.overlap),
+        _changed(run, "cluster", link_microseconds=1.0),
+    ]
+    assert len(join_repeats([run, *others])) == 8
+
+
+@pytest.mark.parametrize("figure", ["link_microseconds", "dispatch_microseconds"])
+def test_figures_of_nothing_stay(
+    tmp_path: Path, truth: ClusterConfig, capsys: pytest.CaptureFixture[str], figure: str
+) -> None:
+    observed = [_changed(_observe(words, truth), "cluster", **{figure: 0.0}) for words in SHAPES]
+    runs = [str(_folder(tmp_path / f"run{i}", each)) for i, each in enumerate(observed)]
+    assert main(["plan", "calibrate", *runs, "--json"]) == ExitCode.DONE
+    answer = json.loads(capsys.readouterr().out)
+    assert (figure in answer["figures"], answer["cluster"][figure]) == (False, 0.0)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-1.0", "0.0", "1e308", '"fast"', "true"])
+def test_times_that_are_none_are_named(
+    tmp_path: Path, truth: ClusterConfig, capsys: pytest.CaptureFixture[str], value: str
+) -> None:
+    run = _folder(tmp_path / "run", _observe(SHAPES[0], truth))
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lines[4] = lines[4].rpartition(": ")[0] + f": {value}}}"
+    lines.insert(1, "torn")
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert main(["plan", "calibrate", str(run)]) == ExitCode.BAD_DATA
+    assert f"{run / 'metrics.jsonl'}:6: step_seconds=" in capsys.readouterr().err
+
+
+def test_a_repeat_of_a_fitted_run_is_no_unseen_one(
+    tmp_path: Path, truth: ClusterConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [str(_folder(tmp_path / f"run{i}", _observe(words, truth))) for i, words in enumerate(SHAPES)]
+    again = str(_folder(tmp_path / "again", _observe(SHAPES[1], truth)))
+    assert main(["plan", "calibrate", *runs, "--hold-out", again]) == ExitCode.CONFIG
+    said = capsys.readouterr().err
+    assert f"{again} is a repeat of {runs[1]}, which is fitted" in said
+    assert main(["plan", "calibrate", *runs, "--hold-out", runs[1]]) == ExitCode.DONE
+
+
+def test_repeats_that_are_held_out_are_one_run_and_judged_by_their_medians(
+    tmp_path: Path, truth: ClusterConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [str(_folder(tmp_path / f"run{i}", _observe(words, truth))) for i, words in enumerate(SHAPES)]
+    unseen = [_observe({**UNSEEN[1], "model.num_layers": layers}, truth) for layers in (3, 4, 5, 6, 7)]
+    slower = [replace(each, step_seconds=1.4 * each.step_seconds) for each in unseen]
+    held = [
+        str(_folder(tmp_path / f"{kind}{i}", each))
+        for kind, many in (("one", unseen), ("two", slower), ("three", slower))
+        for i, each in enumerate(many)
+    ]
+    assert main(["plan", "calibrate", *runs, "--hold-out", *held, "--json"]) == ExitCode.DONE
+    answer = json.loads(capsys.readouterr().out)
+    assert [len(row["repeats"]) for row in answer["held_out"]] == [3] * 5
+    assert all(abs(row["error"]) < 0.1 for row in answer["held_out"])
+    assert answer["cluster"]["step_error"] == pytest.approx(1 - 1 / 1.4, abs=0.1)
+    assert answer["notes"] == []  # a spread of 1.4 is usual
+
+
+def test_the_machine_s_benchmark_wants_a_round() -> None:
+    words = [sys.executable, "-m", "benchmarks.foresight_machine", "--rounds", "0"]
+    ended = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "--rounds must be at least 1" in ended.stderr

@@ -74,7 +74,7 @@ def test_all_layouts_have_it(plan: Plan) -> None:
         ),
         (
             ["parallel.context=3"],
-            r"parallel\.context=3 leaves .*: 16 devices must be a multiple of 3 .*; use 4, 2 or 1",
+            r"parallel\.context=3 leaves .*: 16 devices must be a multiple of 3 .*; use 4, 2 or 8",
         ),
         (["parallel.replicate=2"], r"parallel\.replicate=2 is a setting of a run, not of this command"),
         (["parallel.data=5", "parallel.tensor=2"], r"1 setting.*parallel\.data=5 leaves .*; use 4, 8 or "),

@@ -13,7 +13,7 @@ from dist_llm.cli.main import main
 from dist_llm.config.checks import OF_THIS_MACHINE, RULES, check
 from dist_llm.config.decode import decode
 from dist_llm.errors import ExitCode
-from dist_llm.planner.plan import round_batch
+from dist_llm.planner.outline import round_batch
 from dist_llm.planner.published_laws import PUBLISHED
 from dist_llm.planner.ranking import FULL
 from tests.planner.conftest import Plan
@@ -94,7 +94,7 @@ def test_all_that_is_proposed_is_possible(plan: Plan, refused: Callable[..., str
 
 def test_too_few_hours_are_told_what_the_smallest_plan_takes(plan: Plan, refused: Callable[..., str]) -> None:
     said = refused("budget.gpu_hours=1e-9", *CLUSTER)
-    enough = re.search(r"smallest plan here takes .* device-hours; use (\S+)", said)
+    enough = re.search(r"smallest plan found takes .* device-hours; use (\S+)", said)
     assert enough
     found = plan(f"budget.gpu_hours={enough[1]}", *CLUSTER)
     assert 0.3 * float(enough[1]) < found["gpu_hours"] <= float(enough[1])

@@ -134,6 +134,12 @@ def test_unfinished_runs_are_left_out(folders: list[Path], tmp_path: Path) -> No
     assert _data(answer)["num_runs"] == 9
 
 
+def test_too_few_runs_say_which_were_left_out(folders: list[Path], tmp_path: Path) -> None:
+    stopped = _write_run(tmp_path, "stopped", 64, 500, done=100)
+    with pytest.raises(ConfigError, match=r"are too few .* stopped is left out"):
+        _call(FIT, *folders[:2], stopped)
+
+
 def test_diverged_runs_are_left_out(folders: list[Path], tmp_path: Path) -> None:
     answer = _call(FIT, *folders, _write_run(tmp_path, "diverged", 64, 500, end="diverged"))
     assert "diverged is left out: its last steps have no finite loss" in answer.text
@@ -373,3 +379,12 @@ def test_ladders_that_cannot_be_are_refused(words: list[str], text: str) -> None
     with pytest.raises(ConfigError) as caught:
         _call(LADDER, *words)
     assert text in str(caught.value)
+
+
+def test_a_ladder_beyond_all_shapes_names_budgets_that_have_them(tmp_path: Path) -> None:
+    words = ["run.name=far", "model=llama-tiny", "--runs", "6"]
+    with pytest.raises(ConfigError, match="as no shape is larger") as caught:
+        _call(LADDER, *words, "--flops", "1e26:1e27")
+    ((budgets,),) = [violation.legal for violation in caught.value.violations]
+    assert float(str(budgets).partition(":")[0]) < 1e26
+    assert _data(_call(LADDER, *words, "--flops", budgets))["runs"]
